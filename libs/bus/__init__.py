@@ -1,0 +1,95 @@
+"""What a bus is: streams that keep messages until they are acked, and nothing of any broker.
+
+`jetstream.py` is the real one and the only file that knows NATS; `memory.py` is its twin for
+tests, which misbehaves from a seed. Both pass `tests/test_behaviour.py`.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+import msgspec
+
+ID_HEADER = "Nats-Msg-Id"
+TRACE_HEADER = "traceparent"
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """A durable log of subjects. A publish is acked once it is on disk."""
+
+    name: str
+    subjects: tuple[str, ...]
+    age_max_s: int
+    size_max_bytes: int
+    keeps: bool = True
+    """False: a message goes once every consumer acked it (JetStream's interest policy)."""
+
+
+DAY_S = 86_400
+GIB = 1 << 30
+RECORDS = Stream("RECORDS", ("records.>",), 7 * DAY_S, 8 * GIB)
+EVENTS = Stream("EVENTS", ("events.>",), 30 * DAY_S, 2 * GIB)
+FEEDBACK = Stream("FEEDBACK", ("feedback.>",), 7 * DAY_S, GIB)
+REQUESTS = Stream("REQUESTS", ("requests.>",), DAY_S, 2 * GIB)
+DEAD_LETTERS = Stream("DLQ", ("dlq.>",), 30 * DAY_S, 2 * GIB)
+STREAMS = (RECORDS, EVENTS, FEEDBACK, REQUESTS, DEAD_LETTERS)
+DEDUPLICATION_WINDOW_S = 120
+PAYLOAD_BYTES_MAX = 8 << 20
+
+
+class PublishFailed(ConnectionError):
+    """No ack came; publishing again with the same id is safe."""
+
+
+class Delivery(Protocol):
+    """One message handed to one consumer, once or again."""
+
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str]
+    sequence: int
+    """Position in the stream: the message's identity."""
+    deliveries: int
+    """1 the first time."""
+    stored_at_ns: int
+    """When the stream took it, Unix time in ns."""
+
+    async def ack(self) -> None: ...
+    async def nak(self, delay_s: float) -> None: ...
+    async def in_progress(self) -> None: ...
+
+
+class Subscription(Protocol):
+    """A durable consumer's place in a stream."""
+
+    async def fetch(self, limit: int, timeout_s: float) -> list[Delivery]:
+        """Up to `limit` deliveries; [] after `timeout_s` without any."""
+        ...
+
+    async def pending(self) -> int:
+        """Messages not yet delivered plus those delivered and not acked."""
+        ...
+
+
+class Bus(Protocol):
+    async def publish(
+        self, subject: str, payload: bytes, *, id: str, headers: Mapping[str, str] | None = None
+    ) -> int:
+        """Returns the stream sequence once the message is durable.
+
+        The same `id` within the deduplication window is stored once. Raises `PublishFailed`.
+        """
+        ...
+
+    async def subscribe(
+        self, stream: Stream, durable: str, subjects: list[str], ack_wait_s: float = 30.0
+    ) -> Subscription:
+        """Creates or resumes the durable consumer, from the stream's first message."""
+        ...
+
+    async def broadcast(self, subject: str, payload: bytes) -> None:
+        """To whoever listens now; nothing is kept."""
+        ...
+
+    def listen(self, subject: str) -> AsyncIterator[tuple[str, bytes]]:
+        """(subject, payload) of broadcasts, from now on."""
+        ...

@@ -1,0 +1,169 @@
+"""The bus on NATS JetStream. The only file that imports nats."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy, StreamConfig
+from nats.js.client import JetStreamContext
+
+from libs.bus import (
+    DEDUPLICATION_WINDOW_S,
+    ID_HEADER,
+    STREAMS,
+    Delivery,
+    PublishFailed,
+    Stream,
+    Subscription,
+)
+
+log = logging.getLogger(__name__)
+PUBLISH_TIMEOUT_S = 1.0
+PUBLISH_TRIES = 5
+ACK_PENDING_MAX = 4096
+RECONNECT_WAIT_S = 0.2
+LISTEN_QUEUE_MAX = 4096
+
+
+class JetStreamDelivery:
+    """A JetStream message as the loop sees it."""
+
+    def __init__(self, message: Msg) -> None:
+        metadata = message.metadata
+        self.message = message
+        self.subject = message.subject
+        self.payload = message.data
+        self.headers: Mapping[str, str] = message.headers or {}
+        self.sequence = metadata.sequence.stream
+        self.deliveries = metadata.num_delivered or 1
+        self.stored_at_ns = int(metadata.timestamp.timestamp() * 1e9)
+
+    async def ack(self) -> None:
+        await self.message.ack()
+
+    async def nak(self, delay_s: float) -> None:
+        await self.message.nak(delay=delay_s)
+
+    async def in_progress(self) -> None:
+        if not self.message.is_acked:
+            await self.message.in_progress()
+
+
+class JetStreamSubscription:
+    """A pull consumer."""
+
+    def __init__(self, pull: JetStreamContext.PullSubscription) -> None:
+        self.pull = pull
+
+    async def fetch(self, limit: int, timeout_s: float) -> list[Delivery]:
+        try:
+            messages = await self.pull.fetch(limit, timeout=timeout_s)
+        except (nats.errors.TimeoutError, nats.js.errors.APIError, nats.errors.Error) as error:
+            if not isinstance(error, nats.errors.TimeoutError):
+                log.warning("fetch: %s", error)
+                await asyncio.sleep(RECONNECT_WAIT_S)
+            return []
+        return [JetStreamDelivery(message) for message in messages]
+
+    async def pending(self) -> int:
+        info = await self.pull.consumer_info()
+        return (info.num_pending or 0) + (info.num_ack_pending or 0)
+
+
+class JetStreamBus:
+    """One connection. Use `connect`."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.context = client.jetstream(timeout=PUBLISH_TIMEOUT_S)
+
+    async def create_streams(self) -> None:
+        """Creates what is missing; what is there is left as it is."""
+        for stream in STREAMS:
+            await self.context.add_stream(
+                StreamConfig(
+                    name=stream.name,
+                    subjects=list(stream.subjects),
+                    max_age=stream.age_max_s,
+                    max_bytes=stream.size_max_bytes,
+                    duplicate_window=DEDUPLICATION_WINDOW_S,
+                    retention=RetentionPolicy.LIMITS if stream.keeps else RetentionPolicy.INTEREST,
+                )
+            )
+
+    async def publish(
+        self, subject: str, payload: bytes, *, id: str, headers: Mapping[str, str] | None = None
+    ) -> int:
+        complete = {**(headers or {}), ID_HEADER: id}
+        last: Exception | None = None
+        for _ in range(PUBLISH_TRIES):
+            try:
+                receipt = await self.context.publish(
+                    subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=complete
+                )
+            except (nats.errors.Error, nats.js.errors.Error, OSError) as error:
+                last = error
+                await asyncio.sleep(RECONNECT_WAIT_S)
+            else:
+                return receipt.seq
+        raise PublishFailed(f"{subject}: no ack after {PUBLISH_TRIES} tries: {last}") from last
+
+    async def subscribe(
+        self, stream: Stream, durable: str, subjects: list[str], ack_wait_s: float = 30.0
+    ) -> Subscription:
+        config = ConsumerConfig(
+            durable_name=durable,
+            filter_subjects=subjects,
+            deliver_policy=DeliverPolicy.ALL,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ack_wait_s,
+            max_ack_pending=ACK_PENDING_MAX,
+            max_deliver=-1,
+        )
+        await self.context.add_consumer(stream.name, config=config)
+        pull = await self.context.pull_subscribe_bind(consumer=durable, stream=stream.name)
+        return JetStreamSubscription(pull)
+
+    async def broadcast(self, subject: str, payload: bytes) -> None:
+        await self.client.publish(subject, payload)
+
+    async def listen(self, subject: str) -> AsyncIterator[tuple[str, bytes]]:
+        subscription = await self.client.subscribe(subject, pending_msgs_limit=LISTEN_QUEUE_MAX)
+        try:
+            async for message in subscription.messages:
+                yield message.subject, message.data
+        finally:
+            with contextlib.suppress(nats.errors.Error):
+                await subscription.unsubscribe()
+
+
+@contextlib.asynccontextmanager
+async def connect(url: str, token: str = "", name: str = "") -> AsyncIterator[JetStreamBus]:
+    """Connects for as long as the block lasts; waits for a server that is not there yet."""
+
+    async def on_error(error: Exception) -> None:
+        log.warning("nats: %s", error or type(error).__name__)
+
+    client = await nats.connect(
+        url,
+        name=name or None,
+        token=token or None,
+        error_cb=on_error,
+        max_reconnect_attempts=-1,
+        reconnect_time_wait=RECONNECT_WAIT_S,
+        ping_interval=5,
+        max_outstanding_pings=2,
+    )
+    bus = JetStreamBus(client)
+    try:
+        await bus.create_streams()
+        yield bus
+    finally:
+        with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
+            await asyncio.wait_for(client.drain(), timeout=5)

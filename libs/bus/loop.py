@@ -1,0 +1,172 @@
+"""The bus loop: takes deliveries, runs handlers, acks what took effect.
+
+This is the one place with a broad `except`: what a handler could not do is tried again later, or
+dead-lettered with its reason and its trace. A handler acks nothing itself; it must be idempotent,
+because a crash between its effect and the ack brings the message again.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from libs import telemetry
+from libs.bus import EVENTS, ID_HEADER, TRACE_HEADER, Bus, Delivery, Subscription
+from libs.contracts.events import Event, decode
+
+log = logging.getLogger(__name__)
+ATTEMPTS_MAX = 5
+BACKOFF_FIRST_S = 0.5
+BACKOFF_MAX_S = 10.0
+FETCH_MAX = 64
+FETCH_TIMEOUT_S = 1.0
+ACK_WAIT_S = 30.0
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """What a handler may know about an event's way here."""
+
+    id: str
+    traceparent: str
+    """Where the event was emitted; the handler's own span is current and its child."""
+    time: str
+    sequence: int
+
+
+Handler = Callable[[Any, Meta, Any], Awaitable[None]]
+"""`async def on_...(event, meta, context)`; the context is the service's own."""
+Handlers = Mapping[type[Event], Handler]
+
+
+def subjects_of(handlers: Handlers) -> list[str]:
+    """The subjects a table of handlers needs, for every project."""
+    return [f"events.*.{kind.entity}.{kind.verb}" for kind in handlers]
+
+
+def backoff_s(deliveries: int) -> float:
+    """0.5, 1, 2, 4, 8, 10, 10, ... seconds."""
+    return float(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** (min(deliveries, 16) - 1)))
+
+
+async def run(
+    bus: Bus,
+    service: str,
+    handlers: Handlers,
+    context: Any,
+    transient: tuple[type[Exception], ...] = (OSError,),
+) -> None:
+    """Handles events one after the other until cancelled.
+
+    An error in `transient` is tried again for as long as it lasts; any other is tried
+    `ATTEMPTS_MAX` times and then dead-lettered under `dlq.events.<service>`.
+    """
+    subscription = await bus.subscribe(EVENTS, service, subjects_of(handlers), ACK_WAIT_S)
+    while True:
+        await run_once(bus, subscription, service, handlers, context, transient)
+
+
+async def run_once(
+    bus: Bus,
+    subscription: Subscription,
+    service: str,
+    handlers: Handlers,
+    context: Any,
+    transient: tuple[type[Exception], ...] = (OSError,),
+) -> int:
+    """One fetch; returns how many deliveries it saw."""
+    deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)
+    async with kept_alive(deliveries):
+        for delivery in deliveries:
+            await take(bus, delivery, service, handlers, context, transient)
+    return len(deliveries)
+
+
+async def take(
+    bus: Bus,
+    delivery: Delivery,
+    service: str,
+    handlers: Handlers,
+    context: Any,
+    transient: tuple[type[Exception], ...],
+) -> None:
+    try:
+        envelope, event = decode(delivery.payload)
+    except msgspec.DecodeError as error:
+        await dead_letter(bus, delivery, f"dlq.events.{service}", f"not an event: {error}")
+        await delivery.ack()
+        return
+    handler = handlers[type(event)]
+    meta = Meta(envelope.id, envelope.traceparent, envelope.time, delivery.sequence)
+    with telemetry.span(
+        f"{service} {event.entity}.{event.verb}",
+        kind=telemetry.SpanKind.CONSUMER,
+        parent=envelope.traceparent,
+        attributes={
+            "messaging.system": "nats",
+            "messaging.destination.name": delivery.subject,
+            "messaging.message.id": envelope.id,
+            "messaging.nats.deliveries": delivery.deliveries,
+        },
+    ) as span:
+        try:
+            await handler(event, meta, context)
+        except Exception as error:
+            span.record_exception(error)
+            telemetry.mark_failed(span, str(error))
+            if isinstance(error, transient) or delivery.deliveries < ATTEMPTS_MAX:
+                log.warning("%s: %s; again later", delivery.subject, error, exc_info=error)
+                await delivery.nak(backoff_s(delivery.deliveries))
+                return
+            log.exception("%s: dead-lettered", delivery.subject)
+            reason = f"{type(error).__name__}: {error}"
+            await dead_letter(bus, delivery, f"dlq.events.{service}", reason)
+        await delivery.ack()
+
+
+async def dead_letter(
+    bus: Bus,
+    delivery: Delivery,
+    subject: str,
+    reason: str,
+    *,
+    payload: bytes | None = None,
+    part: int = 0,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Keeps what could not be handled, with its reason and its trace, exactly once.
+
+    `payload` and `part` name one record of a message that holds several.
+    """
+    kept = {
+        "Leptonic-Reason": " ".join(reason.split())[:1000],
+        "Leptonic-Subject": delivery.subject,
+        "Leptonic-Sequence": str(delivery.sequence),
+        TRACE_HEADER: telemetry.current() or delivery.headers.get(TRACE_HEADER, ""),
+        **(headers or {}),
+    }
+    if ID_HEADER in delivery.headers:
+        kept["Leptonic-Msg-Id"] = delivery.headers[ID_HEADER]
+    id = f"{subject}:{delivery.sequence}:{part}"
+    await bus.publish(
+        subject, delivery.payload if payload is None else payload, id=id, headers=kept
+    )
+
+
+@contextlib.asynccontextmanager
+async def kept_alive(deliveries: list[Delivery]) -> Any:
+    """Tells the broker that these are being worked on, for as long as the block lasts."""
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(ACK_WAIT_S / 3)
+            for delivery in deliveries:
+                await delivery.in_progress()
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()

@@ -1,0 +1,196 @@
+"""Postgres for one service: its own schema, migrations under a lock, an inbox and an outbox.
+
+A handler opens one `transaction`, asks `first_time(event id)`, changes its tables and `emit`s
+events; all of it commits or none of it. The relay then publishes what was emitted, in order,
+with the event's id, so that an effect and its news can neither be lost nor doubled.
+"""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from libs import telemetry
+from libs.bus import TRACE_HEADER, Bus
+from libs.contracts.events import Event, encode, subject_of
+
+__all__ = ["TRANSIENT", "Database", "Jsonb", "Transaction", "connect"]
+
+log = logging.getLogger(__name__)
+TRANSIENT: tuple[type[Exception], ...] = (OSError, psycopg.OperationalError, PoolTimeout)
+"""What passes by itself: a dependency that is away. Handlers let these fly."""
+CONNECTIONS_MAX = 8
+WAIT_S = 5.0
+RELAY_BATCH_MAX = 256
+RELAY_POLL_S = 1.0
+INBOX_KEPT_DAYS = 31
+
+FOUNDATION = """
+create table if not exists migration (number int primary key, at timestamptz not null default now());
+create table if not exists inbox (
+    event_id text primary key,
+    at timestamptz not null default now()
+);
+create table if not exists outbox (
+    position bigint generated always as identity primary key,
+    event_id text not null unique,
+    subject text not null,
+    payload bytea not null,
+    traceparent text not null default ''
+);
+"""
+
+
+class Transaction:
+    """One open transaction."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[DictRow], service: str) -> None:
+        self.connection = connection
+        self.service = service
+        self.emitted = 0
+
+    async def execute(
+        self, query: str, parameters: Sequence[Any] | dict[str, Any] = ()
+    ) -> psycopg.AsyncCursor[DictRow]:
+        """Rows come back as dicts."""
+        return await self.connection.execute(query.encode(), parameters)
+
+    async def one(
+        self, query: str, parameters: Sequence[Any] | dict[str, Any] = ()
+    ) -> DictRow | None:
+        """The first row, or None."""
+        return await (await self.execute(query, parameters)).fetchone()
+
+    async def all(
+        self, query: str, parameters: Sequence[Any] | dict[str, Any] = ()
+    ) -> list[DictRow]:
+        return await (await self.execute(query, parameters)).fetchall()
+
+    async def first_time(self, event_id: str) -> bool:
+        """Notes that the event took effect here; False if it already had."""
+        cursor = await self.execute(
+            "insert into inbox (event_id) values (%s) on conflict do nothing", (event_id,)
+        )
+        return cursor.rowcount == 1
+
+    async def emit(self, event: Event, traceparent: str | None = None) -> None:
+        """The event leaves if and only if this transaction commits."""
+        event_id = str(uuid.uuid4())
+        place = telemetry.current() if traceparent is None else traceparent
+        time = datetime.now(UTC).isoformat()
+        payload = encode(event, id=event_id, service=self.service, time=time, traceparent=place)
+        await self.execute(
+            "insert into outbox (event_id, subject, payload, traceparent) values (%s, %s, %s, %s)",
+            (event_id, subject_of(event), payload, place),
+        )
+        self.emitted += 1
+
+
+class Database:
+    """A service's schema in the shared database."""
+
+    def __init__(self, pool: AsyncConnectionPool[psycopg.AsyncConnection[DictRow]], service: str):
+        self.pool = pool
+        self.service = service
+        self.outgoing = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        async with self.pool.connection() as connection, connection.transaction():
+            opened = Transaction(connection, self.service)
+            yield opened
+        if opened.emitted:
+            self.outgoing.set()
+
+    async def ready(self) -> bool:
+        """Whether a query is answered now."""
+        try:
+            async with self.transaction() as tx:
+                return await tx.one("select 1 as one") is not None
+        except TRANSIENT:
+            return False
+
+    async def relay(self, bus: Bus) -> None:
+        """Publishes what was emitted, in order, until cancelled."""
+        while True:
+            try:
+                sent = await self.relay_once(bus)
+            except TRANSIENT as error:
+                log.warning("outbox: %s; again in %s s", error, RELAY_POLL_S)
+                await asyncio.sleep(RELAY_POLL_S)
+                continue
+            if sent < RELAY_BATCH_MAX:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.outgoing.wait(), RELAY_POLL_S)
+                self.outgoing.clear()
+
+    async def relay_once(self, bus: Bus) -> int:
+        """One batch; the row locks keep a second replica from overtaking."""
+        async with self.transaction() as tx:
+            rows = await tx.all(
+                "select * from outbox order by position limit %s for update", (RELAY_BATCH_MAX,)
+            )
+            for row in rows:
+                headers = {TRACE_HEADER: row["traceparent"]} if row["traceparent"] else {}
+                await bus.publish(
+                    row["subject"], bytes(row["payload"]), id=row["event_id"], headers=headers
+                )
+            if rows:
+                await tx.execute("delete from outbox where position <= %s", (rows[-1]["position"],))
+        return len(rows)
+
+
+async def migrate(
+    connection: psycopg.AsyncConnection[DictRow], service: str, migrations: Sequence[str]
+) -> None:
+    """Brings the service's schema up to date; concurrent starts wait for one another."""
+    name = sql.Identifier(service)
+    async with connection.transaction():
+        await connection.execute("select pg_advisory_xact_lock(hashtext(%s))", (service,))
+        await connection.execute(sql.SQL("create schema if not exists {}").format(name))
+        await connection.execute(FOUNDATION.encode())
+        cursor = await connection.execute(
+            "select coalesce(max(number), 0) as number from migration"
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        for number, statements in enumerate(migrations, start=1):
+            if number > row["number"]:
+                await connection.execute(statements.encode())
+                await connection.execute("insert into migration (number) values (%s)", (number,))
+        await connection.execute(
+            "delete from inbox where at < now() - make_interval(days => %s)", (INBOX_KEPT_DAYS,)
+        )
+
+
+@contextlib.asynccontextmanager
+async def connect(dsn: str, service: str, migrations: Sequence[str]) -> AsyncIterator[Database]:
+    """Migrates, then pools connections for as long as the block lasts.
+
+    Raises `psycopg.OperationalError` when the server cannot be reached.
+    """
+    options = f"-c search_path={service}"
+    async with await psycopg.AsyncConnection.connect(
+        dsn, autocommit=True, row_factory=dict_row, options=options, connect_timeout=int(WAIT_S)
+    ) as connection:
+        await migrate(connection, service, migrations)
+    pool: AsyncConnectionPool[psycopg.AsyncConnection[DictRow]] = AsyncConnectionPool(
+        dsn,
+        min_size=1,
+        max_size=CONNECTIONS_MAX,
+        timeout=WAIT_S,
+        check=AsyncConnectionPool.check_connection,
+        kwargs={"autocommit": True, "row_factory": dict_row, "options": options},
+        open=False,
+    )
+    async with pool:
+        yield Database(pool, service)

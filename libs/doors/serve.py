@@ -1,0 +1,179 @@
+"""Opens and drains the two doors of a service, with health on both."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import uvicorn
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from libs import telemetry
+from libs.doors import Refused
+from libs.doors.gateway import on_refused, openapi, routes
+
+MESSAGE_BYTES_MAX = 64 << 20
+DRAIN_S = 10.0
+READY_POLL_S = 1.0
+
+Ready = Callable[[], Awaitable[bool]]
+
+
+class Refusals(grpc.aio.ServerInterceptor):
+    """Continues the caller's trace, and turns `Refused` into its status."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.unary_unary is None or details.method.startswith("/grpc."):
+            return handler
+        parent = dict(details.invocation_metadata or ()).get("traceparent", "")
+        method = handler.unary_unary
+
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            with telemetry.span(
+                details.method.lstrip("/"), kind=telemetry.SpanKind.SERVER, parent=parent
+            ) as span:
+                try:
+                    return await method(request, context)
+                except Refused as error:
+                    telemetry.mark_failed(span, str(error))
+                    await context.abort(error.code, str(error))
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer, handler.request_deserializer, handler.response_serializer
+        )
+
+
+def reuse(shared: bool) -> list[tuple[str, int]]:
+    """A port in use is an error unless replicas are meant to share it."""
+    return [("grpc.so_reuseport", 1 if shared else 0)]
+
+
+@contextlib.asynccontextmanager
+async def grpc_door(
+    host: str,
+    port: int,
+    add: Callable[[grpc.aio.Server], None],
+    services: Sequence[ServiceDescriptor],
+    ready: Ready,
+) -> AsyncIterator[int]:
+    """Serves gRPC with health and reflection; yields the port. Drains when the block ends.
+
+    `add` registers the servicers. Raises `OSError` when the port is in use.
+    """
+    size = ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)
+    server = grpc.aio.server(interceptors=[Refusals()], options=[size, *reuse(shared=False)])
+    add(server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = [service.full_name for service in services]
+    reflection.enable_server_reflection(
+        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(f"port {port} on {host} is in use or not ours to open") from error
+    await server.start()
+    watch = asyncio.create_task(tell_health(checks, names, ready))
+    try:
+        yield bound
+    finally:
+        watch.cancel()
+        await server.stop(DRAIN_S)
+
+
+async def tell_health(checks: Any, names: list[str], ready: Ready) -> None:
+    states = health_pb2.HealthCheckResponse
+    while True:
+        state = states.SERVING if await ready() else states.NOT_SERVING
+        for name in ["", *names]:
+            await checks.set(name, state)
+        await asyncio.sleep(READY_POLL_S)
+
+
+def http_app(
+    title: str,
+    apis: Sequence[tuple[Any, ServiceDescriptor]],
+    ready: Ready,
+    extra: Sequence[Route] = (),
+) -> Starlette:
+    """The platform API of these (servicer, service) pairs, OpenAPI, health and metrics."""
+    document = openapi(title, [service for _, service in apis])
+
+    async def live(_: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def is_ready(_: Request) -> Response:
+        state = await ready()
+        return JSONResponse({"ready": state}, status_code=200 if state else 503)
+
+    async def described(_: Request) -> Response:
+        return JSONResponse(document)
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    own = [Route("/health/live", live), Route("/health/ready", is_ready)]
+    own += [Route("/openapi.json", described), Route("/metrics", metrics)]
+    api = [one for servicer, service in apis for one in routes(servicer, service)]
+    return Starlette(
+        routes=[*own, *extra, *api],
+        exception_handlers={Refused: on_refused},
+    )
+
+
+@contextlib.asynccontextmanager
+async def http_door(host: str, port: int, app: Starlette) -> AsyncIterator[int]:
+    """Serves HTTP; yields the port. Drains when the block ends.
+
+    Raises `OSError` when the port is in use.
+    """
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=10
+    )
+    with contextlib.closing(listening(host, port)) as listener:
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server._serve([listener]))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await task
+
+
+def listening(host: str, port: int) -> socket.socket:
+    listener = socket.create_server((host, port), backlog=1024)
+    listener.setblocking(False)
+    return listener
+
+
+async def until_stopped() -> None:
+    """Returns on SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+
+@contextlib.asynccontextmanager
+async def background(*jobs: Awaitable[None]) -> AsyncIterator[None]:
+    """Runs these beside the block; one that fails ends the service, so that it is restarted."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(job) for job in jobs]  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Makes .venv with everything the platform, its tests and its demo need, and says what it cost.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+started=$SECONDS
+[ -x .uv/bin/uv ] || { python3 -m venv .uv && .uv/bin/pip install -q uv; }
+export UV_LINK_MODE=copy
+links=$(python3 -m pip config get global.find-links 2>/dev/null || true)
+torch=()
+if [ -n "$links" ]; then export UV_FIND_LINKS=$links; else torch=(--torch-backend=auto); fi
+[ -d .venv ] || .uv/bin/uv venv -q .venv
+.uv/bin/uv pip install -q -p .venv "${torch[@]}" -c constraints.txt \
+  -e libs/leptonic -e '.[preprocess,trainer,inference,kernels,embedded,examples]' --group dev
+touch .venv/.ready
+echo "set-up: $((SECONDS - started)) s, $(du -sh .venv | cut -f1) in .venv"
