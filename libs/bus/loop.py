@@ -149,9 +149,9 @@ async def dead_letter(
     }
     if ID_HEADER in delivery.headers:
         kept["Leptonic-Msg-Id"] = delivery.headers[ID_HEADER]
-    id = f"{subject}:{delivery.sequence}:{part}"
+    letter = f"{subject}:{delivery.sequence}:{part}"
     await bus.publish(
-        subject, delivery.payload if payload is None else payload, id=id, headers=kept
+        subject, delivery.payload if payload is None else payload, id=letter, headers=kept
     )
 
 

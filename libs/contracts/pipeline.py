@@ -81,7 +81,7 @@ class Gate(Strict, frozen=True):
 
 
 class Canary(Strict, frozen=True):
-    trafficPercent: int = 20
+    traffic_percent: int = msgspec.field(default=20, name="trafficPercent")
     min_requests: int = 50
     """Requests the canary must have answered before it is promoted."""
     max_error_rate: float = 0.0
@@ -239,7 +239,7 @@ def check_gate(path: str, gate: Gate, known: tuple[str, ...], recipe: str) -> No
 
 
 def check_deployment(deployment: Deployment) -> None:
-    percent = deployment.canary.trafficPercent
+    percent = deployment.canary.traffic_percent
     if not 1 <= percent <= 99:
         raise Invalid("$.deployment.canary.trafficPercent", f"1 to 99, got {percent}")
     if deployment.replicas < 0:

@@ -35,7 +35,10 @@ RELAY_POLL_S = 1.0
 INBOX_KEPT_DAYS = 31
 
 FOUNDATION = """
-create table if not exists migration (number int primary key, at timestamptz not null default now());
+create table if not exists migration (
+    number int primary key,
+    at timestamptz not null default now()
+);
 create table if not exists inbox (
     event_id text primary key,
     at timestamptz not null default now()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -39,7 +39,7 @@ class Refusals(grpc.aio.ServerInterceptor):
         parent = dict(details.invocation_metadata or ()).get("traceparent", "")
         method = handler.unary_unary
 
-        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             with telemetry.span(
                 details.method.lstrip("/"), kind=telemetry.SpanKind.SERVER, parent=parent
             ) as span:
@@ -168,10 +168,10 @@ async def until_stopped() -> None:
 
 
 @contextlib.asynccontextmanager
-async def background(*jobs: Awaitable[None]) -> AsyncIterator[None]:
+async def background(*jobs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Runs these beside the block; one that fails ends the service, so that it is restarted."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(job) for job in jobs]  # type: ignore[arg-type]
+        tasks = [group.create_task(job) for job in jobs]
         try:
             yield
         finally:
