@@ -40,6 +40,10 @@ class PublishFailed(ConnectionError):
     """No ack came; publishing again with the same id is safe."""
 
 
+class ReadFailed(ConnectionError):
+    """The broker did not answer a read."""
+
+
 class Delivery(Protocol):
     """One message handed to one consumer, once or again."""
 
@@ -84,6 +88,14 @@ class Bus(Protocol):
         self, stream: Stream, durable: str, subjects: list[str], ack_wait_s: float = 30.0
     ) -> Subscription:
         """Creates or resumes the durable consumer, from the stream's first message."""
+        ...
+
+    async def read(self, stream: Stream, subject: str, after: int, limit: int) -> list[Delivery]:
+        """Up to `limit` messages of a subject after a sequence, oldest first, without taking them.
+
+        A negative `after` counts from the stream's end: -10 looks at its last ten messages.
+        Raises `ReadFailed`.
+        """
         ...
 
     async def broadcast(self, subject: str, payload: bytes) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections.abc import AsyncIterator, Mapping
 
 import nats
@@ -19,6 +20,7 @@ from libs.bus import (
     STREAMS,
     Delivery,
     PublishFailed,
+    ReadFailed,
     Stream,
     Subscription,
 )
@@ -29,6 +31,7 @@ PUBLISH_TRIES = 5
 ACK_PENDING_MAX = 4096
 RECONNECT_WAIT_S = 0.2
 LISTEN_QUEUE_MAX = 4096
+READ_TIMEOUT_S = 5.0
 
 
 class JetStreamDelivery:
@@ -129,6 +132,38 @@ class JetStreamBus:
         await self.context.add_consumer(stream.name, config=config)
         pull = await self.context.pull_subscribe_bind(consumer=durable, stream=stream.name)
         return JetStreamSubscription(pull)
+
+    async def read(self, stream: Stream, subject: str, after: int, limit: int) -> list[Delivery]:
+        try:
+            return await self.read_from(stream, subject, after, limit)
+        except (nats.errors.Error, nats.js.errors.Error, OSError) as error:
+            raise ReadFailed(f"{stream.name}: {error or type(error).__name__}") from error
+
+    async def read_from(
+        self, stream: Stream, subject: str, after: int, limit: int
+    ) -> list[Delivery]:
+        state = (await self.context.stream_info(stream.name)).state
+        start = max(1, (after if after >= 0 else state.last_seq + after) + 1)
+        if start > state.last_seq:
+            return []
+        config = ConsumerConfig(
+            name=f"read-{uuid.uuid4().hex}",
+            filter_subject=subject,
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=start,
+            ack_policy=AckPolicy.NONE,
+            mem_storage=True,
+            inactive_threshold=READ_TIMEOUT_S,
+        )
+        consumer = await self.context.add_consumer(stream.name, config=config)
+        pull = await self.context.pull_subscribe_bind(consumer=config.name, stream=stream.name)
+        try:
+            count = min(limit, consumer.num_pending or 0)
+            messages = await pull.fetch(count, READ_TIMEOUT_S) if count else []
+            return [JetStreamDelivery(message) for message in messages]
+        finally:
+            await pull.unsubscribe()
+            await self.context.delete_consumer(stream.name, consumer.name)
 
     async def broadcast(self, subject: str, payload: bytes) -> None:
         await self.client.publish(subject, payload)

@@ -211,6 +211,13 @@ class MemoryBus:
             self.consumers[key] = MemorySubscription(self, stream.name, subjects, ack_wait_s)
         return self.consumers[key]
 
+    async def read(self, stream: Stream, subject: str, after: int, limit: int) -> list[Delivery]:
+        log = self.streams[stream.name]
+        reader = MemorySubscription(self, stream.name, [subject], 0.0)
+        start = after if after >= 0 else max(0, len(log) + after)
+        found = [stored for stored in log[start:] if matches(subject, stored.subject)]
+        return [MemoryDelivery(stored, 1, reader) for stored in found[:limit]]
+
     async def broadcast(self, subject: str, payload: bytes) -> None:
         for pattern, queue in self.listeners:
             if matches(pattern, subject) and not queue.full():

@@ -1,0 +1,136 @@
+"""What every bus does, shown on the real one and on its twin."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from libs.bus import EVENTS, FEEDBACK, RECORDS, Bus, PublishFailed
+from libs.bus.jetstream import JetStreamBus
+from libs.bus.memory import MemoryBus
+
+
+@pytest.fixture(params=["jetstream", "memory"])
+async def either(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
+    if request.param == "memory":
+        yield MemoryBus()
+    else:
+        real: JetStreamBus = request.getfixturevalue("bus")
+        yield real
+
+
+async def test_publish_returns_growing_sequences(either: Bus) -> None:
+    first = await either.publish("records.p.d", b"1", id="a")
+    second = await either.publish("records.p.d", b"2", id="b")
+    assert second == first + 1
+
+
+async def test_the_same_id_is_stored_once(either: Bus) -> None:
+    first = await either.publish("records.p.d", b"1", id="same")
+    again = await either.publish("records.p.d", b"1", id="same")
+    other = await either.publish("records.p.d", b"1", id="other")
+    assert (again, other) == (first, first + 1)
+
+
+async def test_a_subject_no_stream_takes_is_not_acked(either: Bus) -> None:
+    with pytest.raises(PublishFailed, match="nowhere"):
+        await either.publish("nowhere.at.all", b"", id="x")
+
+
+async def test_a_consumer_sees_what_was_published_before_it_came(either: Bus) -> None:
+    await either.publish("records.p.d", b"early", id="e", headers={"traceparent": "t"})
+    subscription = await either.subscribe(RECORDS, "late", ["records.>"])
+    (delivery,) = await subscription.fetch(10, 2.0)
+    assert (delivery.subject, delivery.payload) == ("records.p.d", b"early")
+    assert (delivery.headers["traceparent"], delivery.headers["Nats-Msg-Id"]) == ("t", "e")
+    assert delivery.deliveries == 1
+    await delivery.ack()
+
+
+async def test_subjects_filter(either: Bus) -> None:
+    await either.publish("events.p.job.requested", b"no", id="1")
+    await either.publish("events.p.part.landed", b"yes", id="2")
+    await either.publish("events.q.part.landed", b"too", id="3")
+    subscription = await either.subscribe(EVENTS, "parts", ["events.*.part.landed"])
+    payloads = [d.payload for d in await subscription.fetch(2, 2.0)]
+    assert payloads == [b"yes", b"too"]
+
+
+async def test_acked_never_comes_again_and_naked_does(either: Bus) -> None:
+    await either.publish("feedback.p.m", b"keep", id="1")
+    await either.publish("feedback.p.m", b"again", id="2")
+    subscription = await either.subscribe(FEEDBACK, "f", ["feedback.>"])
+    kept, again = await subscription.fetch(2, 2.0)
+    await kept.ack()
+    await again.nak(0.0)
+    (redelivered,) = await subscription.fetch(2, 5.0)
+    assert (redelivered.payload, redelivered.deliveries) == (b"again", 2)
+    assert redelivered.sequence == again.sequence
+    await redelivered.ack()
+    assert await subscription.fetch(2, 0.3) == []
+    assert await subscription.pending() == 0
+
+
+async def test_reading_takes_nothing_and_starts_where_told(either: Bus) -> None:
+    subjects = ["events.p.a.x", "events.q.a.x", "events.p.a.x", "events.p.a.x"]
+    sequences = [await either.publish(s, b"", id=str(i)) for i, s in enumerate(subjects)]
+
+    async def read(subject: str, after: int, limit: int) -> list[int]:
+        return [d.sequence for d in await either.read(EVENTS, subject, after, limit)]
+
+    assert await read("events.p.>", sequences[0], 10) == sequences[2:]
+    assert await read("events.>", sequences[0], 2) == sequences[1:3]
+    assert await read("events.>", -2, 10) == sequences[2:]
+    assert await read("events.>", sequences[-1], 10) == []
+    assert await read("events.none.>", 0, 10) == []
+    assert await read("events.p.>", sequences[0], 10) == sequences[2:]
+
+
+async def test_unacked_comes_again_after_the_ack_wait(either: Bus) -> None:
+    await either.publish("feedback.p.m", b"x", id="1")
+    subscription = await either.subscribe(FEEDBACK, "slow", ["feedback.>"], ack_wait_s=0.5)
+    await subscription.fetch(1, 2.0)
+    (redelivered,) = await subscription.fetch(1, 5.0)
+    assert redelivered.deliveries == 2
+
+
+async def test_a_durable_consumer_resumes_where_it_was(either: Bus) -> None:
+    for number in range(3):
+        await either.publish("records.p.d", b"%d" % number, id=str(number))
+    first = await either.subscribe(RECORDS, "durable", ["records.>"])
+    (delivery,) = await first.fetch(1, 2.0)
+    await delivery.ack()
+    second = await either.subscribe(RECORDS, "durable", ["records.>"])
+    assert [d.payload for d in await second.fetch(2, 2.0)] == [b"1", b"2"]
+
+
+async def test_two_consumers_each_get_everything(either: Bus) -> None:
+    await either.publish("records.p.d", b"x", id="1")
+    for durable in ("one", "two"):
+        subscription = await either.subscribe(RECORDS, durable, ["records.>"])
+        assert [d.payload for d in await subscription.fetch(1, 2.0)] == [b"x"]
+
+
+async def test_pending_counts_the_waiting_and_the_unacked(either: Bus) -> None:
+    for number in range(3):
+        await either.publish("records.p.d", b"", id=str(number))
+    subscription = await either.subscribe(RECORDS, "lag", ["records.>"])
+    (delivery,) = await subscription.fetch(1, 2.0)
+    assert await subscription.pending() == 3
+    await delivery.ack()
+    assert await (await either.subscribe(RECORDS, "lag", ["records.>"])).fetch(1, 2.0) != []
+
+
+async def test_broadcast_reaches_whoever_listens(either: Bus) -> None:
+    heard: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+
+    async def listen() -> None:
+        async for message in either.listen("heartbeats.>"):
+            heard.put_nowait(message)
+
+    task = asyncio.create_task(listen())
+    while heard.empty():
+        await either.broadcast("heartbeats.node", b"alive")
+        await asyncio.sleep(0)
+    assert heard.get_nowait() == ("heartbeats.node", b"alive")
+    task.cancel()
