@@ -1,0 +1,39 @@
+"""Configuration: read once, typed, and unknown variables are errors."""
+
+from typing import Annotated
+
+import pytest
+from msgspec import Meta
+
+from libs.settings import Common, Unknown, load, variables
+
+
+class Settings(Common, frozen=True, kw_only=True):
+    http_port: Annotated[int, Meta(description="port")] = 8010
+
+
+def test_shared_and_own_fields_come_from_their_variables() -> None:
+    environment = {"LEPTONIC_HOST": "::1", "LEPTONIC_INGEST_HTTP_PORT": "9999", "PATH": "/bin"}
+    loaded = load(Settings, "ingest", environment)
+    assert (loaded.host, loaded.http_port, loaded.s3_bucket) == ("::1", 9999, "leptonic")
+
+
+@pytest.mark.parametrize("name", ["LEPTONIC_INGEST_HTP_PORT", "LEPTONIC_HOSTS"])
+def test_an_unknown_variable_is_an_error_that_names_it(name: str) -> None:
+    with pytest.raises(Unknown, match=name):
+        load(Settings, "ingest", {name: "1"})
+
+
+def test_another_services_variables_are_not_ours() -> None:
+    assert load(Settings, "ingest", {"LEPTONIC_TRAINER_HTTP_PORT": "1"}).http_port == 8010
+
+
+def test_a_value_of_the_wrong_type_names_its_field() -> None:
+    with pytest.raises(Unknown, match="http_port"):
+        load(Settings, "ingest", {"LEPTONIC_INGEST_HTTP_PORT": "many"})
+
+
+def test_every_field_has_a_variable() -> None:
+    names = variables(Settings, "ingest")
+    assert len(names) == len(Settings.__struct_fields__)
+    assert {"LEPTONIC_NATS_URL", "LEPTONIC_INGEST_HTTP_PORT"} <= names.keys()
