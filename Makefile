@@ -3,32 +3,36 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: setup demo test check bench generate format clean
+.PHONY: help setup demo test check bench generate format clean
+.DEFAULT_GOAL := help
 
-setup: .venv/.ready
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.ready ## install everything into .venv
 
 # uv takes its extra wheel folder from pip's configuration where there is one; elsewhere it picks
 # the torch build that fits the machine.
 .venv/.ready: pyproject.toml libs/leptonic/pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
 
-demo: setup
+demo: setup ## run the whole loop once on real data
 	@.venv/bin/leptonic demo
 
-check: setup
+check: setup ## format, lint, types, import rules, style, documentation
 	@scripts/check.sh
 
-test: check
+test: check ## check, then every test
 	@$(PYTHON) -m pytest
 
-bench: setup
+bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
 
-generate: setup
+generate: setup ## gRPC code from the protos
 	@scripts/generate.sh
 
-format: setup
+format: setup ## format the sources
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
-clean:
+clean: ## remove everything made here
 	rm -rf .venv .uv .leptonic .mypy_cache .ruff_cache .pytest_cache .hypothesis
