@@ -1,0 +1,3 @@
+"""Real servers for every test: see `stack.testing`."""
+
+pytest_plugins = ["stack.testing"]

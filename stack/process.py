@@ -1,0 +1,109 @@
+"""A program the stack runs: how it is started, when it is ready, how it is stopped."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+READY_POLL_S = 0.02
+READY_S = 60.0
+LOG_BYTES_MAX = 16 << 20
+TETHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("tether.py")))
+
+
+class NotReady(RuntimeError):
+    """It ended, or did not answer in time; the text has the end of its log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One component of the stack."""
+
+    name: str
+    command: tuple[str, ...]
+    ready: Callable[[], Awaitable[bool]]
+    """Whether it does its work now; asked again and again, must be bounded in time."""
+    prepare: Callable[[], None] = field(default=lambda: None)
+    """What its folder needs before each start; must stand being run again."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    stop_signal: int = signal.SIGTERM
+    orphan_signal: int = signal.SIGKILL
+    """What the kernel sends it when its parent dies."""
+    stop_s: float = 12.0
+
+
+async def start(program: Program, log: Path) -> subprocess.Popen[bytes]:
+    """Starts it in a process group of its own, tethered to this thread."""
+    await asyncio.to_thread(program.prepare)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rotate(log)
+    with log.open("ab") as output:
+        return subprocess.Popen(  # noqa: ASYNC220 (fork and exec: 2 ms)
+            [*TETHER, str(int(program.orphan_signal)), str(os.getpid()), *program.command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **program.environment},
+            process_group=0,
+        )
+
+
+def rotate(log: Path) -> None:
+    """Keeps one old log beside the current one."""
+    if log.exists() and log.stat().st_size > LOG_BYTES_MAX:
+        log.replace(log.with_suffix(".log.1"))
+
+
+async def until_ready(
+    program: Program, process: subprocess.Popen[bytes], log: Path, timeout_s: float = READY_S
+) -> None:
+    """Raises `NotReady`."""
+    deadline = monotonic() + timeout_s
+    while not await program.ready():
+        if process.poll() is not None:
+            problem = f"{program.name} ended with {process.returncode}"
+            raise NotReady(f"{problem}: {tail(log)}")
+        if monotonic() > deadline:
+            raise NotReady(f"{program.name} is not ready after {timeout_s:.0f} s: {tail(log)}")
+        await asyncio.sleep(READY_POLL_S)
+
+
+def tail(log: Path, size: int = 2000) -> str:
+    return log.read_bytes()[-size:].decode(errors="replace").strip() if log.exists() else ""
+
+
+async def until_exit(process: subprocess.Popen[bytes]) -> int:
+    """Waits without a thread; returns the exit code, negative for a signal."""
+    if process.poll() is None:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        watched = os.pidfd_open(process.pid)
+        loop.add_reader(watched, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(watched)
+            os.close(watched)
+    return process.wait()
+
+
+async def stop(program: Program, process: subprocess.Popen[bytes]) -> None:
+    """Asks it to end, insists after `stop_s`, and ends what it left in its process group."""
+    if process.poll() is None:
+        process.send_signal(program.stop_signal)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(until_exit(process), program.stop_s)
+    kill_group(process)
+    process.wait()
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to what is left of the process and of its children that stayed in its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
