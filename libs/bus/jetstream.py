@@ -31,6 +31,7 @@ PUBLISH_TRIES = 5
 ACK_PENDING_MAX = 4096
 RECONNECT_WAIT_S = 0.2
 LISTEN_QUEUE_MAX = 4096
+CLOSE_S = 2
 READ_TIMEOUT_S = 5.0
 
 
@@ -200,5 +201,7 @@ async def connect(url: str, token: str = "", name: str = "") -> AsyncIterator[Je
         await bus.create_streams()
         yield bus
     finally:
+        # Not `drain`: it waits for a pull consumer's status messages, which nobody takes.
         with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
-            await asyncio.wait_for(client.drain(), timeout=5)
+            await client.flush(timeout=CLOSE_S)
+        await client.close()

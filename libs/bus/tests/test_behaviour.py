@@ -1,7 +1,6 @@
 """What every bus does, shown on the real one and on its twin."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -11,12 +10,8 @@ from libs.bus.memory import MemoryBus
 
 
 @pytest.fixture(params=["jetstream", "memory"])
-async def either(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
-    if request.param == "memory":
-        yield MemoryBus()
-    else:
-        real: JetStreamBus = request.getfixturevalue("bus")
-        yield real
+def either(request: pytest.FixtureRequest, bus: JetStreamBus) -> Bus:
+    return MemoryBus() if request.param == "memory" else bus
 
 
 async def test_publish_returns_growing_sequences(either: Bus) -> None:

@@ -1,0 +1,186 @@
+"""Promise 2: one trace, from the publish of the records to the prediction."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.running import (
+    ROOT,
+    Stack,
+    digits,
+    digits_pipeline,
+    running_stack,
+    until,
+)
+
+pytestmark = pytest.mark.slow
+
+EDGES = [
+    ("publish", "ingest"),
+    ("ingest", "preprocess"),
+    ("preprocess", "trainer"),
+    ("trainer", "registry"),
+    ("registry", "inference"),
+]
+
+PUBLISH_AND_TRACE = """
+import asyncio, json, sys
+from libs.bus.jetstream import connect
+from tests.running import digits, publish
+
+async def main(nats_url, dataset):
+    async with connect(nats_url, name="publisher") as bus:
+        with telemetry.span(f"publish records.default.{dataset}", kind=telemetry.SpanKind.PRODUCER):
+            headers = {"traceparent": telemetry.current()}
+            await publish(bus, dataset, digits(0, 600), headers=headers)
+            print(headers["traceparent"])
+
+nats_url, otlp, dataset = sys.argv[1:]
+with telemetry.start("publish", otlp):
+    asyncio.run(main(nats_url, dataset))
+"""
+
+PREDICT = """
+import json, sys
+import numpy as np
+import tritonclient.grpc as triton
+address, model, rows, traceparent = sys.argv[1:]
+pixels = np.array(json.loads(rows), dtype=np.float32)
+tensor = triton.InferInput("pixels", list(pixels.shape), "FP32")
+tensor.set_data_from_numpy(pixels)
+client = triton.InferenceServerClient(address)
+caller = {"traceparent": traceparent}
+answer = client.infer(model, [tensor], request_id="asked-by-a-test", headers=caller)
+response = answer.get_response()
+labels = answer.as_numpy("label").tolist()
+print(json.dumps({"label": labels, "version": response.model_version}))
+"""
+
+
+def run(program: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+async def served(stack: Stack, model: str) -> dict[str, Any]:
+    return await stack.event("deployment.ready", lambda data: data["model"] == model)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One turn of the loop, and every span of it, read back from the collector."""
+    import asyncio
+
+    return asyncio.run(one_turn(tmp_path_factory.mktemp("loop") / "data"))
+
+
+async def one_turn(data_dir: Path) -> dict[str, Any]:
+    async with running_stack(data_dir) as stack:
+        await stack.apply(digits_pipeline("traced", 600))
+        traceparent = run(
+            PUBLISH_AND_TRACE, stack.endpoint("nats"), stack.endpoint("otlp"), "traced"
+        )
+        await served(stack, "traced")
+        rows = digits(1000, 50)
+        caller = "00-" + "7" * 32 + "-" + "8" * 16 + "-01"
+        answer = json.loads(
+            run(
+                PREDICT,
+                stack.endpoint("inference_grpc"),
+                "traced",
+                json.dumps([row["pixels"] for row in rows]),
+                caller,
+            )
+        )
+        published = traceparent.split("-")[1]
+
+        async def whole() -> dict[str, Any] | None:
+            found = await stack.try_get("traces", f"/v1/story/{'7' * 32}")
+            spans = found.get("spans", [])
+            traces = {span["trace_id"] for span in spans}
+            return found if published in traces else None
+
+        found = await until(whole, "the prediction's story does not reach the publish", 20)
+        await stack.event("deployment.ready", lambda data: data["model"] == "traced")
+        prediction = await until(
+            lambda: stack.try_get(
+                "inference_api", "/v1/projects/default/predictions/asked-by-a-test"
+            ),
+            "the prediction is not in the log",
+            20,
+        )
+        return {
+            "spans": found["spans"],
+            "published": published,
+            "answer": answer,
+            "labels": [row["label"] for row in rows],
+            "prediction": prediction,
+            "parts": (await stack.get("ingest", "/v1/projects/default/datasets/traced"))["rows"],
+        }
+
+
+def test_the_served_model_has_learned_digits(story: dict[str, Any]) -> None:
+    right = sum(a == b for a, b in zip(story["answer"]["label"], story["labels"], strict=True))
+    assert right >= 40
+    assert story["answer"]["version"] == "1"
+    assert int(story["parts"]) == 600
+
+
+def test_each_step_is_a_descendant_of_the_step_before(story: dict[str, Any]) -> None:
+    """The directed edges of the loop, in spans that the collector received."""
+    spans = {span["span_id"]: span for span in story["spans"]}
+
+    def ancestors(span: dict[str, Any]) -> set[str]:
+        services = set()
+        todo = [span]
+        seen = set()
+        while todo:
+            one = todo.pop()
+            above = [one["parent_id"], *(link["span_id"] for link in one["links"])]
+            for parent in (spans[a] for a in above if a in spans and a not in seen):
+                seen.add(parent["span_id"])
+                services.add(parent["service"])
+                todo.append(parent)
+        return services
+
+    missing = [
+        (before, after)
+        for before, after in EDGES
+        if not any(before in ancestors(s) for s in spans.values() if s["service"] == after)
+    ]
+    assert not missing
+
+
+def test_the_prediction_links_the_version_that_answered(story: dict[str, Any]) -> None:
+    spans = {span["span_id"]: span for span in story["spans"]}
+    (predicted,) = [s for s in spans.values() if s["trace_id"] == "7" * 32 and s["links"]]
+    (link,) = predicted["links"]
+    assert spans[link["span_id"]]["service"] == "registry"
+    assert spans[link["span_id"]]["trace_id"] == story["published"]
+
+
+def test_no_span_is_an_orphan(story: dict[str, Any]) -> None:
+    """Only the prediction's caller, who exports nowhere, is missing."""
+    known = {span["span_id"] for span in story["spans"]}
+    orphans = [
+        f"{span['service']} {span['name']}"
+        for span in story["spans"]
+        if span["parent_id"] and span["parent_id"] not in known and span["parent_id"] != "8" * 16
+    ]
+    assert not orphans
+
+
+def test_the_prediction_is_in_the_log_with_its_trace(story: dict[str, Any]) -> None:
+    assert story["prediction"]["trace_id"] == "7" * 32
+    assert story["prediction"]["number"] == "1"
