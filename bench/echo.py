@@ -12,14 +12,10 @@ async def echo(request: bytes, _: object) -> bytes:
 
 async def main() -> None:
     server = grpc.aio.server()
-    handler = grpc.unary_unary_rpc_method_handler(echo)
-    server.add_generic_rpc_handlers(
-        (
-            grpc.method_handlers_generic_handler(
-                "inference.GRPCInferenceService", {"ModelInfer": handler}
-            ),
-        )
-    )
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]]
+    methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(echo)}
+    service = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)
+    server.add_generic_rpc_handlers((service,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port)

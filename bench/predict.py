@@ -67,6 +67,7 @@ def calls(channel: grpc.aio.Channel, row: np.ndarray[Any, Any]) -> Call:
     request.inputs.add(name="pixels", datatype="FP32", shape=row.shape)
     request.raw_input_contents.append(row.tobytes())
     body = request.SerializeToString()
+    method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
     method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
     return lambda: method(body)
 
