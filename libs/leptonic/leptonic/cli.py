@@ -1,0 +1,331 @@
+"""`leptonic`: every verb on the command line. Exit codes: 0 ok, 1 failed, 2 usage."""
+
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import RenderableType
+from rich.live import Live
+
+from leptonic import doctor as machine
+from leptonic import launch, show, stackfile, story
+from leptonic.client import MODEL_SCHEME, Client, model_reference
+from leptonic.errors import Error
+
+READY_TIMEOUT_S = 60.0
+WATCH_S = 0.5
+FOLLOW_S = 0.3
+EVENTS_SHOWN = 30
+
+
+class Session:
+    """What the options of a command say: which stack, and how to answer."""
+
+    def __init__(self, data_dir: Path | None, project: str | None, as_json: bool) -> None:
+        self.data_dir = data_dir
+        self.project = project
+        self.as_json = as_json
+        self.console = show.console()
+
+    @property
+    def folder(self) -> Path:
+        return self.data_dir or Path(stackfile.DATA_DIR)
+
+    def client(self) -> Client:
+        return Client(stackfile.locate(self.data_dir), self.project)
+
+    def answer(self, value: Any, rendered: RenderableType) -> None:
+        """The same answer for a program or for a person."""
+        if self.as_json:
+            click.echo(json.dumps(value, indent=2))
+        else:
+            self.console.print(rendered)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="leptonic")
+def main() -> None:
+    """Records in, served predictions out, the loop closed."""
+
+
+def verb(function: Callable[..., None]) -> click.Command:
+    """A command with the options every command has; a failure is one line and exit code 1."""
+
+    @functools.wraps(function)
+    def run(data_dir: Path | None, project: str | None, as_json: bool, **arguments: Any) -> None:
+        try:
+            function(Session(data_dir, project, as_json), **arguments)
+        except Error as error:
+            click.echo(f"leptonic: {error}", err=True)
+            sys.exit(1)
+
+    folder = click.Path(file_okay=False, path_type=Path)
+    options = (
+        click.option("--json", "as_json", is_flag=True, help="Answer as JSON on stdout."),
+        click.option("--project", help="The project; default: the stack's own."),
+        click.option("--data-dir", type=folder, help="The stack's folder; default: .leptonic."),
+    )
+    command: Callable[..., None] = run
+    for option in options:
+        command = option(command)
+    return main.command(name=function.__name__)(command)
+
+
+@verb
+@click.option("--detach", is_flag=True, help="Return once the stack is ready; it runs on.")
+@click.option("--auto-ports", is_flag=True, help="Use free ports instead of the documented ones.")
+def up(session: Session, detach: bool, auto_ports: bool) -> None:
+    """Start the embedded stack; Ctrl-C stops it."""
+    options = ("--auto-ports",) if auto_ports else ()
+    if not detach:
+        launch.in_foreground(session.folder, options)
+    started = time.monotonic()
+    process = launch.in_background(session.folder, options)
+    stack = launch.wait_ready(session.folder, process, is_ready, READY_TIMEOUT_S)
+    with Client(stack, session.project) as client:
+        state = {**client.status(), "ready_after_s": round(time.monotonic() - started, 2)}
+    session.answer(state, show.status(state))
+
+
+def is_ready(stack: stackfile.Stack) -> bool:
+    with Client(stack) as client:
+        return bool(client.status()["ready"])
+
+
+@verb
+def down(session: Session) -> None:
+    """Stop the stack of a data folder and wait until it is gone."""
+    stack = stackfile.locate(session.folder)
+    seconds = launch.stop(stack.pid)
+    answer = {"stopped": True, "pid": stack.pid, "seconds": round(seconds, 2)}
+    session.answer(answer, f"stopped {stack.pid} in {seconds:.1f} s")
+
+
+@verb
+def status(session: Session) -> None:
+    """Endpoints, processes and whether they are ready; exit code 1 when they are not."""
+    with session.client() as client:
+        state = client.status()
+    session.answer(state, show.status(state))
+    if not state["ready"]:
+        waiting = ", ".join(name for name, ready in state["doors"].items() if not ready)
+        raise Error(f"not ready: {waiting}; their logs lie in {session.folder}/logs")
+
+
+@verb
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def apply(session: Session, file: Path) -> None:
+    """Apply a pipeline FILE (YAML)."""
+    with session.client() as client:
+        applied = client.apply(file)
+    text = f"pipeline {applied['pipeline']} is at revision {applied['revision']}"
+    session.answer(applied, text)
+
+
+@verb
+@click.argument("dataset")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--id", default="", help="Publishing again with the same id stores nothing twice.")
+def publish(session: Session, dataset: str, file: Path, id: str) -> None:
+    """Publish the records of FILE (.ndjson .jsonl .json .csv .parquet .arrow) to DATASET."""
+    with session.client() as client:
+        receipt = client.publish(dataset, file, id=id)
+    refused = receipt["refused"]
+    rows: list[show.Column] = [(name, show.of(name)) for name in ("record", "field", "reason")]
+    text = f"accepted {receipt['accepted']}"
+    session.answer(receipt, show.table("refused", rows, refused) if refused else text)
+    if refused:
+        raise Error(f"accepted {receipt['accepted']}, refused {len(refused)}; nothing else is lost")
+
+
+@verb
+@click.argument("name", required=False)
+def datasets(session: Session, name: str | None) -> None:
+    """The datasets; or one, with its versions and drift."""
+    with session.client() as client:
+        if name:
+            one = client.dataset(name)
+            return session.answer(one, show.dataset(one))
+        rows = client.datasets()
+    return session.answer(rows, show.table("datasets", show.DATASETS, rows))
+
+
+@verb
+@click.argument("name", required=False)
+@click.option("--watch", is_flag=True, help="Draw it again until Ctrl-C, or until NAME ended.")
+def jobs(session: Session, name: str | None, watch: bool) -> None:
+    """The jobs; or one, with its epochs."""
+    with session.client() as client:
+        if watch and not session.as_json:
+            return watch_jobs(session, client, name)
+        value: Any = client.job(name) if name else client.jobs()
+    return session.answer(value, drawn_jobs(value, name))
+
+
+def drawn_jobs(value: Any, name: str | None) -> RenderableType:
+    return show.job(value) if name else show.table("jobs", show.JOBS, value)
+
+
+def watch_jobs(session: Session, client: Client, name: str | None) -> None:
+    with Live(console=session.console, auto_refresh=False) as live:
+        while True:
+            value: Any = client.job(name) if name else client.jobs()
+            live.update(drawn_jobs(value, name), refresh=True)
+            if name and value["state"] in ("succeeded", "failed", "cancelled"):
+                return
+            time.sleep(WATCH_S)
+
+
+@verb
+@click.argument("reference", required=False)
+def models(session: Session, reference: str | None) -> None:
+    """The models; the versions of NAME; or one: models:/NAME/3, models:/NAME@champion."""
+    with session.client() as client:
+        if reference is None:
+            rows = client.models()
+            return session.answer(rows, show.table("models", show.MODELS, rows))
+        if reference.startswith(MODEL_SCHEME):
+            one = client.model_version(*model_reference(reference))
+            return session.answer(one, show.model_version(one))
+        rows = client.model_versions(reference)
+    return session.answer(rows, show.table(reference, show.MODEL_VERSIONS, rows))
+
+
+@verb
+def endpoints(session: Session) -> None:
+    """What is deployed, how traffic is split, and what each version counted."""
+    with session.client() as client:
+        found = client.endpoints()
+    rows = show.endpoint_rows(found)
+    session.answer(found, show.table("endpoints", show.ENDPOINTS, rows))
+
+
+@verb
+@click.argument("model")
+@click.argument("rows")
+@click.option("--id", default="", help="The request id; default: a new one.")
+def predict(session: Session, model: str, rows: str, id: str) -> None:
+    """Predict with MODEL: ROWS is JSON, @FILE, or - for stdin.
+
+    A list of rows ([{"x": 1}, ...]) or columns ({"x": [1, ...]}).
+    """
+    value = parsed(rows)
+    is_row = isinstance(value, dict) and not all(isinstance(v, list) for v in value.values())
+    with session.client() as client:
+        answer = client.predict(model, [value] if is_row else value, id=id)
+    outputs = answer["outputs"]
+    columns: list[show.Column] = [(name, show.of(name)) for name in outputs]
+    lines = [dict(zip(outputs, row, strict=True)) for row in zip(*outputs.values(), strict=True)]
+    short = [{name: show.short(one) for name, one in line.items()} for line in lines]
+    title = f"{model} version {answer.get('model_version', '')}, request {answer.get('id', '')}"
+    session.answer(answer, show.table(title, columns, short))
+
+
+def parsed(text: str) -> Any:
+    """JSON given as such, in @FILE, or on stdin."""
+    try:
+        if text == "-":
+            return json.load(sys.stdin)
+        return json.loads(Path(text[1:]).read_bytes() if text.startswith("@") else text)
+    except OSError as error:
+        raise click.BadParameter(f"{text[1:]}: {error.strerror}") from error
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}") from error
+
+
+@verb
+@click.argument("model")
+@click.argument("request_id")
+@click.argument("label")
+def feedback(session: Session, model: str, request_id: str, label: str) -> None:
+    """Send the true LABEL (JSON, else text) of a prediction."""
+    try:
+        value = json.loads(label)
+    except ValueError:
+        value = label
+    with session.client() as client:
+        client.feedback(model, request_id, value)
+    answer = {"model": model, "request_id": request_id, "label": value}
+    session.answer(answer, f"label {value!r} noted for {request_id}")
+
+
+@verb
+def nodes(session: Session) -> None:
+    """The pool: health, what runs where, what is left."""
+    with session.client() as client:
+        rows = client.nodes()
+    session.answer(rows, show.table("nodes", show.NODES, rows))
+
+
+@verb
+def queues(session: Session) -> None:
+    """The queues and what waits in them."""
+    with session.client() as client:
+        rows = client.queues()
+    session.answer(rows, show.table("queues", show.QUEUES, rows))
+
+
+@verb
+@click.option(
+    "--after", type=int, default=-EVENTS_SHOWN, help="A sequence; negative: before the end."
+)
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, help="So many at most.")
+@click.option("--follow", is_flag=True, help="Go on with what happens next, one JSON a line.")
+@click.option("--dead", is_flag=True, help="Dead letters with their reasons, instead of events.")
+def events(session: Session, after: int, limit: int, follow: bool, dead: bool) -> None:
+    """What happened on the platform."""
+    with session.client() as client:
+        read = client.dead_letters if dead else client.events
+        found, last = read(after, limit)
+        if not follow:
+            return session.answer(found, drawn_events(found, dead))
+        while True:
+            for one in found:
+                if session.as_json:
+                    click.echo(json.dumps(one))
+                else:
+                    session.console.print(drawn_events([one], dead), soft_wrap=True)
+            time.sleep(FOLLOW_S)
+            found, last = read(last, limit)
+
+
+def drawn_events(found: list[dict[str, Any]], dead: bool) -> RenderableType:
+    if dead:
+        return show.table("dead letters", show.DEAD_LETTERS, found)
+    return show.lines(show.event_line(one) for one in found)
+
+
+@verb
+@click.argument("reference")
+@click.option("--all", "everything", is_flag=True, help="Every span, also the repeated ones.")
+def trace(session: Session, reference: str, everything: bool) -> None:
+    """The story behind a prediction (its request id), a trace id, or models:/NAME/3."""
+    with session.client() as client:
+        told = client.trace(reference)
+    session.answer(told, story.tree(told, everything))
+
+
+@verb
+def doctor(session: Session) -> None:
+    """Check that this machine can run the stack; exit code 1 when it cannot."""
+    checks = machine.examine(session.folder)
+    session.answer(checks, show.table("this machine", show.CHECKS, checks))
+    failed = [one["name"] for one in checks if not one["ok"]]
+    if failed:
+        raise Error(f"not fit for the embedded stack: {', '.join(failed)}")
+
+
+@verb
+def bench(session: Session) -> None:
+    """Measure the doors as ratios to the bare servers below them."""
+    root = launch.platform_root()
+    options = ["--json"] if session.as_json else []
+    done = subprocess.run([sys.executable, "-m", "bench", *options], cwd=root, check=False)
+    if done.returncode:
+        raise Error(f"the benchmark ended with {done.returncode}")

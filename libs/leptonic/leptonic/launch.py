@@ -1,0 +1,99 @@
+"""Starting and stopping the embedded stack; the platform itself is started, never imported."""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from leptonic import stackfile
+from leptonic.errors import Error
+
+STOP_S = 30.0
+POLL_S = 0.05
+LOG_TAIL_LINES = 15
+
+
+def platform_root() -> Path:
+    """Where the platform's packages lie. Raises `Error` where only the client is installed."""
+    found = importlib.util.find_spec("stack")
+    if found is None or found.origin is None:
+        problem = "the platform is not installed here, only its client"
+        raise Error(f"{problem}: run `make setup` in a checkout and use its .venv/bin/leptonic")
+    return Path(found.origin).parent.parent
+
+
+def command(data_dir: Path, options: tuple[str, ...] = ()) -> list[str]:
+    platform_root()
+    return [sys.executable, "-m", "stack", "--data-dir", str(data_dir), *options]
+
+
+def environment() -> dict[str, str]:
+    """Ours, without what only clients read: services refuse variables they do not know."""
+    kept = {n: v for n, v in os.environ.items() if n != stackfile.ENDPOINTS_VARIABLE}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+def in_foreground(data_dir: Path, options: tuple[str, ...]) -> None:
+    """Becomes the stack: Ctrl-C and SIGTERM go straight to it."""
+    line = command(data_dir, options)
+    os.execve(line[0], line, environment())  # noqa: S606
+
+
+def in_background(data_dir: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+    """Starts the stack in a session of its own, so that a Ctrl-C here does not reach it."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with log_path(data_dir).open("wb") as log:
+        return subprocess.Popen(
+            command(data_dir, options),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+        )
+
+
+def log_path(data_dir: Path) -> Path:
+    return data_dir / "stack.log"
+
+
+def wait_ready(
+    data_dir: Path,
+    process: "subprocess.Popen[bytes]",
+    is_ready: Callable[[stackfile.Stack], bool],
+    timeout_s: float,
+) -> stackfile.Stack:
+    """Until the stack's own file names this process and every door is ready."""
+    deadline = time.monotonic() + timeout_s
+    path = data_dir / "stack.json"
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise Error(f"the stack ended with {process.returncode}:\n{log_tail(data_dir)}")
+        with contextlib.suppress(Error):  # not written yet
+            stack = stackfile.read(path)
+            if stack.pid == process.pid and is_ready(stack):
+                return stack
+        time.sleep(POLL_S)
+    raise Error(f"the stack was not ready within {timeout_s:.0f} s:\n{log_tail(data_dir)}")
+
+
+def log_tail(data_dir: Path) -> str:
+    lines = log_path(data_dir).read_text(errors="replace").splitlines()
+    return "\n".join(lines[-LOG_TAIL_LINES:])
+
+
+def stop(pid: int) -> float:
+    """SIGTERM, then until it is gone; seconds it took. Raises `Error` when it stays."""
+    started = time.monotonic()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    while stackfile.is_alive(pid):
+        if time.monotonic() - started > STOP_S:
+            raise Error(f"process {pid} did not stop within {STOP_S:.0f} s; see its stack.log")
+        time.sleep(POLL_S)
+    return time.monotonic() - started

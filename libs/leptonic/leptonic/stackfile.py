@@ -1,0 +1,81 @@
+"""Where a stack is: `<data-dir>/stack.json`, which the running stack keeps, or a file named by
+`LEPTONIC_ENDPOINTS`, for a stack on other machines."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from leptonic.errors import Error
+
+DATA_DIR = ".leptonic"
+ENDPOINTS_VARIABLE = "LEPTONIC_ENDPOINTS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A stack as its file describes it."""
+
+    source: str
+    endpoints: Mapping[str, str]
+    project: str = "default"
+    pid: int = 0
+    """Of the supervisor; 0 for a stack this machine does not run."""
+    started_at: Any = None
+    processes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def endpoint(self, name: str) -> str:
+        try:
+            return self.endpoints[name]
+        except KeyError:
+            known = ", ".join(sorted(self.endpoints))
+            problem = f"{self.source} names no endpoint {name!r}, only {known}"
+            raise Error(problem, code="NOT_RUNNING") from None
+
+
+def locate(data_dir: str | Path | None, environment: Mapping[str, str] = os.environ) -> Stack:
+    """The stack of this data folder; without one, what the environment names, then `.leptonic`."""
+    named = environment.get(ENDPOINTS_VARIABLE, "")
+    if data_dir is None and named:
+        return read(Path(named))
+    folder = Path(data_dir or DATA_DIR)
+    path = folder / "stack.json"
+    if not path.exists():
+        problem = f"no stack runs on {folder}: start one with `leptonic up --data-dir {folder}`"
+        raise Error(problem, code="NOT_RUNNING")
+    stack = read(path)
+    if not is_alive(stack.pid):
+        problem = f"the stack on {folder} is gone: start it with `leptonic up --data-dir {folder}`"
+        raise Error(problem, code="NOT_RUNNING")
+    return stack
+
+
+def read(path: Path) -> Stack:
+    """`stack.json`, or a bare JSON object of endpoints."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Error(f"{path}: cannot be read as JSON: {error}", code="NOT_RUNNING") from error
+    if not isinstance(document, dict):
+        raise Error(f"{path}: a JSON object is wanted", code="NOT_RUNNING")
+    if "endpoints" not in document:
+        return Stack(source=str(path), endpoints=document)
+    return Stack(
+        source=str(path),
+        endpoints=document["endpoints"],
+        project=document.get("project", "default"),
+        pid=document.get("pid", 0),
+        started_at=document.get("started_at"),
+        processes=document.get("processes", {}),
+    )
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this id runs; a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")

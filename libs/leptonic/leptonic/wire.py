@@ -1,0 +1,36 @@
+"""JSON as the doors send it: protobuf writes 64-bit integers as strings, and here they are ints."""
+
+import json
+from typing import Any
+
+INT64 = frozenset(
+    {
+        "after", "aliases", "correct", "cpu_milli", "dead_letters", "duplicates", "errors",
+        "generation", "gpu_milli", "labelled", "memory_mib", "number", "parts", "ready_generation",
+        "requests", "revision", "rows", "size_bytes", "versions", "window_rows",
+    }
+)  # fmt: skip
+"""Every int64 field of the protos, and the map whose values are; a test compares."""
+STRUCTS = frozenset(
+    {"batching", "checks", "inputs", "label", "manifest", "outputs", "result", "schema", "spec"}
+)
+"""Every field that holds the user's own JSON: left as it is; a test compares."""
+
+
+def decoded(payload: bytes) -> Any:
+    """An answer's JSON, with its numbers as numbers."""
+    return numbered(json.loads(payload)) if payload else None
+
+
+def numbered(value: Any, is_int: bool = False) -> Any:
+    match value:
+        case dict():
+            return {
+                name: one if name in STRUCTS else numbered(one, is_int or name in INT64)
+                for name, one in value.items()
+            }
+        case list():
+            return [numbered(one) for one in value]
+        case str() if is_int and value.lstrip("-").isdigit():
+            return int(value)
+    return value
