@@ -6,5 +6,5 @@ PATH=$PWD/.venv/bin:$PATH
 ruff format --check --quiet .
 ruff check --quiet .
 lint-imports --no-cache >/dev/null || { lint-imports --no-cache; exit 1; }
-mypy --no-error-summary services libs stack kernels bench tests examples
+mypy --no-error-summary services libs stack kernels bench tests
 python -m pytest tests/test_tidy.py tests/test_docs.py

@@ -1,0 +1,66 @@
+"""A trace's place travels as a traceparent; logs carry it."""
+
+import json
+import logging
+
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+
+from libs import telemetry
+
+PARENT = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+OTHER = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
+
+if not isinstance(trace.get_tracer_provider(), TracerProvider):
+    trace.set_tracer_provider(TracerProvider())
+
+
+def read(span: telemetry.Span) -> ReadableSpan:
+    assert isinstance(span, ReadableSpan)
+    return span
+
+
+def test_a_parent_is_continued() -> None:
+    with telemetry.span("child", parent=PARENT) as span:
+        assert telemetry.current().split("-")[1] == "a" * 32
+    parent = read(span).parent
+    assert parent is not None
+    assert format(parent.span_id, "016x") == "b" * 16
+
+
+def test_no_parent_given_continues_what_is_current_and_an_empty_one_begins_anew() -> None:
+    with telemetry.span("outer", parent=PARENT):
+        with telemetry.span("inner"):
+            assert telemetry.current().split("-")[1] == "a" * 32
+        with telemetry.span("apart", parent="") as apart:
+            assert read(apart).parent is None
+            assert telemetry.current().split("-")[1] != "a" * 32
+
+
+def test_links_are_bounded_and_the_rest_is_counted() -> None:
+    with telemetry.span("batch", links=[OTHER, ""] * 100) as span:
+        pass
+    assert len(read(span).links) == telemetry.LINKS_MAX
+    attributes = read(span).attributes or {}
+    assert attributes["leptonic.links_left_out"] == 100 - telemetry.LINKS_MAX
+
+
+def test_a_place_can_be_kept_and_continued_later() -> None:
+    with telemetry.span("first", parent="") as first:
+        kept = telemetry.current()
+    assert telemetry.traceparent_of(first) == kept
+    with telemetry.span("later", parent=kept) as later:
+        pass
+    assert read(later).context.trace_id == read(first).context.trace_id
+
+
+def test_outside_a_span_there_is_no_place() -> None:
+    assert telemetry.current() == ""
+
+
+def test_log_lines_are_json_with_the_trace() -> None:
+    record = logging.LogRecord("n", logging.WARNING, "f", 1, "%s went", ("it",), None)
+    with telemetry.span("work", parent=PARENT):
+        line = json.loads(telemetry.JsonLines("ingest").format(record))
+    assert (line["message"], line["level"], line["service"]) == ("it went", "WARNING", "ingest")
+    assert line["trace_id"] == "a" * 32
