@@ -1,0 +1,36 @@
+"""How an attempt is started and stopped: the one place that knows who runs it.
+
+An executor acts inside the transaction that records the decision, so a decision and its effect
+commit together. `BusExecutor` addresses agents, processes that announce themselves with
+heartbeats and act on the events for their node; it is all that local processes need. An engine
+that cannot take part in a Postgres transaction (Ray, Docker) goes behind the same door as an
+agent: a process beside the engine that announces the engine's capacity as a node, starts an actor
+or a container when it is handed `AttemptPlaced`, and answers as every agent does. Where an engine
+must be called from here instead, its executor writes a row in this transaction and a worker of
+its own carries it out, as the outbox does for the bus.
+"""
+
+from typing import Protocol
+
+from libs.contracts.events import AttemptPlaced, AttemptStopped
+from libs.database import Transaction
+
+
+class Executor(Protocol):
+    async def start(self, tx: Transaction, placement: AttemptPlaced) -> None:
+        """The attempt will be started, at least once, if the transaction commits."""
+        ...
+
+    async def stop(self, tx: Transaction, attempt: AttemptStopped) -> None:
+        """The attempt will be told to stop, at least once, if the transaction commits."""
+        ...
+
+
+class BusExecutor:
+    """Agents on the platform's bus."""
+
+    async def start(self, tx: Transaction, placement: AttemptPlaced) -> None:
+        await tx.emit(placement)
+
+    async def stop(self, tx: Transaction, attempt: AttemptStopped) -> None:
+        await tx.emit(attempt)

@@ -1,0 +1,50 @@
+"""What the bus brings, for the writer.
+
+A request for a job that is known, running or long finished, changes nothing: `project` and `job`
+are its identity. Results under an old token change nothing either. Both are logged.
+"""
+
+from dataclasses import dataclass
+
+from libs.bus.loop import Handlers, Meta
+from libs.contracts.events import (
+    AttemptFailed,
+    AttemptStarted,
+    AttemptSucceeded,
+    JobCancelled,
+    JobRequested,
+)
+from services.scheduler.jobs import PROJECT
+from services.scheduler.nodes import Liveness
+from services.scheduler.stimuli import JobSubmitted
+from services.scheduler.writer import Writer
+
+
+@dataclass
+class Context:
+    writer: Writer
+    liveness: Liveness
+    """Of whoever leads now."""
+
+
+async def on_requested(event: JobRequested, meta: Meta, context: Context) -> None:
+    if not PROJECT.fullmatch(event.project):
+        raise ValueError(f"project: no token of a subject: {event.project[:80]!r}")
+    await context.writer.take(JobSubmitted(event, meta.traceparent), meta.id)
+
+
+async def on_told(
+    event: JobCancelled | AttemptStarted | AttemptSucceeded | AttemptFailed,
+    meta: Meta,
+    context: Context,
+) -> None:
+    await context.writer.take(event, meta.id)
+
+
+HANDLERS: Handlers = {
+    JobRequested: on_requested,
+    JobCancelled: on_told,
+    AttemptStarted: on_told,
+    AttemptSucceeded: on_told,
+    AttemptFailed: on_told,
+}

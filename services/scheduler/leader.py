@@ -1,0 +1,120 @@
+"""What only the scheduler that leads does: take events, hear heartbeats, watch the clock.
+
+A second scheduler waits here as standby. Who loses the lock (Postgres restarted) stops, and
+stands in line again; the log's line numbers keep two leaders from writing over each other in the
+moment between.
+"""
+
+import asyncio
+import logging
+import time
+
+import msgspec
+import psycopg
+from psycopg.rows import DictRow
+
+from libs.bus import Bus, loop
+from libs.database import TRANSIENT
+from services.scheduler.handlers import HANDLERS, Context
+from services.scheduler.nodes import Liveness, problem_of
+from services.scheduler.stimuli import Heartbeat, Tick
+from services.scheduler.store import LEADER_POLL_S
+
+log = logging.getLogger(__name__)
+HEARTBEATS = "heartbeats.>"
+EAR = "heartbeats._scheduler"
+"""What the scheduler says to hear whether it hears."""
+TICK_S = 0.5
+
+
+async def lead(context: Context, bus: Bus) -> None:
+    """Leads for as long as the lock is ours, again and again until cancelled."""
+    writer = context.writer
+    while True:
+        try:
+            async with writer.store.leadership() as connection:
+                log.info("leads")
+                try:
+                    writer.leads, writer.committed = True, None
+                    await work(context, bus, connection)
+                finally:
+                    writer.leads = False
+        except* TRANSIENT as group:
+            log.warning("leads no more: %s", [str(error) for error in group.exceptions])
+        await asyncio.sleep(LEADER_POLL_S)
+
+
+async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow]) -> None:
+    async with context.writer.turn() as scheduler:
+        pulse = Pulse(context, bus, Liveness(scheduler.nodes, time.monotonic()))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(hold(lock))
+        group.create_task(loop.run(bus, "scheduler", HANDLERS, context, TRANSIENT))
+        group.create_task(pulse.hear())
+        group.create_task(pulse.attend())
+        group.create_task(pulse.tick())
+
+
+async def hold(lock: psycopg.AsyncConnection[DictRow]) -> None:
+    """Raises `psycopg.OperationalError` once the lock's connection is gone."""
+    while True:
+        await lock.execute("select 1")
+        await asyncio.sleep(LEADER_POLL_S)
+
+
+class Pulse:
+    """Heartbeats and ticks on their way to the writer.
+
+    Hearing never waits for Postgres: only the last heartbeat of each node is kept until the
+    writer has time for it.
+    """
+
+    def __init__(self, context: Context, bus: Bus, liveness: Liveness) -> None:
+        self.writer = context.writer
+        self.bus = bus
+        self.liveness = context.liveness = liveness
+        self.last: dict[str, Heartbeat] = {}
+        self.arrived = asyncio.Event()
+
+    async def hear(self) -> None:
+        async for subject, payload in self.bus.listen(HEARTBEATS):
+            if subject == EAR:
+                self.liveness.heard_itself(time.monotonic())
+            else:
+                self.note(subject, payload)
+
+    def note(self, subject: str, payload: bytes) -> None:
+        try:
+            heartbeat = msgspec.json.decode(payload, type=Heartbeat)
+        except msgspec.DecodeError as error:
+            log.warning("%s: not a heartbeat: %s", subject, error)
+            return
+        if problem := problem_of(heartbeat):
+            log.warning("%s: unusable heartbeat: %s", subject, problem)
+            return
+        self.liveness.heard(heartbeat.node, time.monotonic())
+        self.last[heartbeat.node] = heartbeat
+        self.arrived.set()
+
+    async def attend(self) -> None:
+        """A heartbeat that could not be taken comes again within a second."""
+        while True:
+            await self.arrived.wait()
+            self.arrived.clear()
+            heard, self.last = self.last, {}
+            for heartbeat in heard.values():
+                await self.take(heartbeat)
+
+    async def tick(self) -> None:
+        while True:
+            await self.bus.broadcast(EAR, b"")
+            await asyncio.sleep(TICK_S)
+            silent = self.liveness.silent(time.monotonic())
+            if silent:
+                await self.take(Tick(silent))
+
+    async def take(self, stimulus: Heartbeat | Tick) -> None:
+        try:
+            await self.writer.take(stimulus)
+        except TRANSIENT as error:
+            log.warning("%s: %s", type(stimulus).__name__, error)

@@ -1,0 +1,112 @@
+"""The scheduler's log in Postgres: stimuli, snapshots, and the lock of the one who leads.
+
+The log is the state. A line holds the digest of what was decided on it, so that a replay
+that decides otherwise is found out instead of being believed.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+
+import msgspec
+import psycopg
+from psycopg.rows import DictRow
+
+from libs.contracts.events import Event
+from libs.database import Database, Transaction
+from services.scheduler.domain import Scheduler, State, restore
+from services.scheduler.stimuli import Stimulus, decode
+
+SNAPSHOT_EVERY = 1000
+LOG_KEPT = 100_000
+"""Lines kept behind the last snapshot, for whoever wants to know what happened."""
+LEADER = "leptonic.scheduler"
+LEADER_POLL_S = 1.0
+
+MIGRATIONS = (
+    """
+    create table log (
+        sequence bigint primary key,
+        at double precision not null,
+        name text not null,
+        stimulus bytea not null,
+        decided text not null
+    );
+    create table snapshot (
+        sequence bigint primary key,
+        state bytea not null
+    );
+    """,
+)
+
+
+class Overtaken(ConnectionError):
+    """Another scheduler wrote the next line of the log; ours has to be read again."""
+
+
+class Diverged(RuntimeError):
+    """A replay decided otherwise than the log says was decided."""
+
+
+class Store:
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    async def load(self) -> Scheduler:
+        """The last snapshot and what was logged since. Raises `Diverged`."""
+        async with self.db.transaction() as tx:
+            row = await tx.one("select state from snapshot order by sequence desc limit 1")
+            state = msgspec.json.decode(row["state"], type=State) if row else None
+            scheduler = restore(state) if state else Scheduler()
+            lines = await tx.all(
+                "select * from log where sequence > %s order by sequence", (scheduler.sequence,)
+            )
+        for line in lines:
+            decided = scheduler.handle(decode(line["name"], line["stimulus"]), line["at"])
+            if scheduler.sequence != line["sequence"] or digest(decided) != line["decided"]:
+                problem = f"at line {line['sequence']} ({line['name']}) it decides {decided}"
+                raise Diverged(f"the replay differs from the log: {problem}")
+        return scheduler
+
+    async def append(
+        self, tx: Transaction, scheduler: Scheduler, stimulus: Stimulus, decided: list[Event]
+    ) -> None:
+        """The line of what `scheduler` has just handled. Raises `Overtaken`."""
+        name, payload = type(stimulus).__name__, msgspec.json.encode(stimulus)
+        line = (scheduler.sequence, scheduler.now, name, payload, digest(decided))
+        try:
+            await tx.execute("insert into log values (%s, %s, %s, %s, %s)", line)
+        except psycopg.errors.UniqueViolation as error:
+            raise Overtaken(f"line {scheduler.sequence} is there already") from error
+        if scheduler.sequence % SNAPSHOT_EVERY == 0:
+            await self.keep(tx, scheduler)
+
+    async def keep(self, tx: Transaction, scheduler: Scheduler) -> None:
+        """A snapshot, in place of the last one."""
+        state = msgspec.json.encode(scheduler.snapshot())
+        await tx.execute("delete from snapshot")
+        await tx.execute("insert into snapshot values (%s, %s)", (scheduler.sequence, state))
+        await tx.execute("delete from log where sequence <= %s", (scheduler.sequence - LOG_KEPT,))
+
+    @contextlib.asynccontextmanager
+    async def leadership(self) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
+        """Waits as standby until the lock is ours; it lasts as long as its connection."""
+        async with self.db.pool.connection() as connection:
+            query = "select pg_try_advisory_lock(hashtext(%s)) as ours"
+            while True:
+                row = await (await connection.execute(query, (LEADER,))).fetchone()
+                assert row is not None
+                if row["ours"]:
+                    break
+                await asyncio.sleep(LEADER_POLL_S)
+            try:
+                yield connection
+            finally:
+                await connection.close()  # back in the pool it would keep the lock
+
+
+def digest(decided: list[Event]) -> str:
+    """sha256 of events in order, with their types."""
+    lines = [(type(event).__name__, event) for event in decided]
+    return hashlib.sha256(msgspec.json.encode(lines)).hexdigest()
