@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
-READY_POLL_S = 0.02
+READY_POLL_S = 0.03
 READY_S = 60.0
 LOG_BYTES_MAX = 16 << 20
 TETHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("tether.py")))
@@ -31,6 +31,8 @@ class Program:
     """Whether it does its work now; asked again and again, must be bounded in time."""
     prepare: Callable[[], None] = field(default=lambda: None)
     """What its folder needs before each start; must stand being run again."""
+    after: tuple[str, ...] = ()
+    """Names of the programs it needs: it starts after and stops before them."""
     environment: Mapping[str, str] = field(default_factory=dict)
     stop_signal: int = signal.SIGTERM
     orphan_signal: int = signal.SIGKILL

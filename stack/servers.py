@@ -20,7 +20,7 @@ import psycopg
 
 from libs.bus import PAYLOAD_BYTES_MAX
 from libs.objectstore import ObjectStore, Unavailable
-from stack.ports import LOOPBACK
+from stack.ports import LOOPBACK, S3_PORTS
 from stack.process import Program
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -35,7 +35,6 @@ POSTGRES_CONNECTIONS_MAX = 200
 AS_NOBODY = ("unshare", "--user", "--map-user=65534", "--map-group=65534")
 NO_PID = 99_999_999
 """Above the kernel's largest, 2^22."""
-S3_PORTS = 10
 PROBE_S = 1.0
 PROBE_BUCKET = "probe"
 HTTP_LINE_MAX = 200
@@ -157,8 +156,8 @@ def postgres_dsn(port: int, password: str, database: str = "postgres") -> str:
 
 
 def s3(folder: Path, ports: Sequence[int], access_key: str, secret_key: str) -> Program:
-    """SeaweedFS in one process; `ports` are `S3_PORTS` many, the first is the door."""
-    assert len(ports) == S3_PORTS
+    """SeaweedFS in one process; `ports` are as many as `S3_PORTS`, the first is the door."""
+    assert len(ports) == len(S3_PORTS)
     keys = folder / "s3.json"
 
     def prepare() -> None:
@@ -175,7 +174,7 @@ def s3(folder: Path, ports: Sequence[int], access_key: str, secret_key: str) -> 
     probe = ObjectStore(f"{LOOPBACK}:{ports[0]}", access_key, secret_key, PROBE_BUCKET)
 
     async def ready() -> bool:
-        if b" 200 " not in await first_line(ports[0], b"GET /readyz HTTP/1.0\r\n\r\n"):
+        if not await answers(ports[0], "/readyz"):
             return False
         try:
             await probe.create_bucket()
@@ -212,6 +211,12 @@ def weed(folder: Path, ports: Sequence[int], keys: Path) -> tuple[str, ...]:
         *(str(SCRIPTS / "weed"), "-logtostderr=true", "mini"),
         *(f"-{name}={value}" for name, value in options.items()),
     )
+
+
+async def answers(port: int, path: str) -> bool:
+    """Whether an HTTP server on the port says 200."""
+    request = f"GET {path} HTTP/1.0\r\nHost: {LOOPBACK}:{port}\r\n\r\n"
+    return b" 200 " in await first_line(port, request.encode())
 
 
 async def first_line(port: int, request: bytes = b"") -> bytes:

@@ -1,0 +1,5 @@
+import sys
+
+from stack.app import main
+
+sys.exit(main())

@@ -1,0 +1,181 @@
+"""The embedded stack: three servers, the trace collector and the six services, on loopback.
+
+`python -m stack --data-dir .leptonic --ports fixed|auto` runs in the foreground until SIGTERM or
+SIGINT. `<data-dir>/stack.json` tells where everything is, `<data-dir>/logs/` what it said.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+
+from libs.settings import SERVICES
+from stack import ports, servers, state
+from stack.ports import LOOPBACK, S3_PORTS, InUse
+from stack.process import NotReady, Program
+from stack.state import Locked, Process, Secrets, State
+from stack.supervisor import Supervisor
+
+SERVERS = ("nats", "postgres", "s3")
+DYING_S = 5.0
+"""How long the processes of a killed stack may hold its ports."""
+DYING_POLL_S = 0.05
+
+Table = Callable[[Path, Mapping[str, int], Secrets], list[Program]]
+"""(data folder, ports, secrets) -> what runs."""
+
+
+def main(arguments: Sequence[str] | None = None, table: Table | None = None) -> int:
+    """Returns the exit code: 1 for a folder or a port in use, or a program that cannot start."""
+    parser = argparse.ArgumentParser(prog="python -m stack", description=__doc__)
+    parser.add_argument("--data-dir", type=Path, default=Path(".leptonic"), help="all its state")
+    parser.add_argument(
+        "--ports", choices=("fixed", "auto"), default="fixed", help="doors on known or free ports"
+    )
+    given = parser.parse_args(arguments)
+    folder = given.data_dir.resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with state.locked(folder):
+            asyncio.run(up(folder, given.ports, table or everything))
+    except (Locked, InUse, NotReady) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+async def up(folder: Path, mode: str, table: Table) -> None:
+    """Runs until SIGTERM or SIGINT."""
+    known = state.load(folder)
+    known.ports = await choose_ports(mode, known)
+    programs = table(folder, known.ports, known.secrets)
+    known.endpoints = endpoints(known.ports, known.secrets)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    def changed() -> None:
+        known.processes = {
+            name: Process(
+                pid=member.running.pid if member.running else None,
+                restarts=member.restarts,
+                ready=member.ready.is_set(),
+            )
+            for name, member in supervisor.members.items()
+        }
+        state.save(known, folder)
+
+    supervisor = Supervisor(programs, folder / "logs", say, changed)
+    with told(known, folder):
+        await supervisor.run(stop)
+    say("stopped")
+
+
+@contextlib.contextmanager
+def told(known: State, folder: Path) -> Iterator[None]:
+    """stack.json says that the stack runs, as long as the block lasts."""
+    known.pid = os.getpid()
+    known.started_at = datetime.now(UTC).isoformat()
+    known.processes = {}
+    state.save(known, folder)
+    try:
+        yield
+    finally:
+        known.pid = None
+        known.processes = {}
+        state.save(known, folder)
+
+
+async def choose_ports(mode: str, known: State) -> dict[str, int]:
+    """Waits for the ports of a stack that was killed a moment ago. Raises `InUse`."""
+    deadline = monotonic() + (DYING_S if known.pid is not None else 0.0)
+    while True:
+        try:
+            return ports.choose(mode, known.ports)
+        except InUse:
+            if monotonic() >= deadline:
+                raise
+            await asyncio.sleep(DYING_POLL_S)
+
+
+def everything(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Program]:
+    return [*servers_and_collector(folder, port, keys), *services(port, keys)]
+
+
+def servers_and_collector(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Program]:
+    s3_ports = [port[name] for name in S3_PORTS]
+    return [
+        servers.nats(folder / "nats", port["nats"]),
+        servers.postgres(folder / "postgres", port["postgres"], keys.postgres_password),
+        servers.s3(folder / "s3", s3_ports, keys.s3_access_key, keys.s3_secret_key),
+        collector(folder / "traces" / "traces.db", port["otlp"], port["traces"]),
+    ]
+
+
+def collector(file: Path, otlp_port: int, http_port: int) -> Program:
+    listens = ("--otlp-port", str(otlp_port), "--http-port", str(http_port))
+    return Program(
+        name="collector",
+        command=(sys.executable, "-m", "stack.collector", "--file", str(file), *listens),
+        ready=lambda: servers.answers(http_port, "/health/ready"),
+    )
+
+
+def services(port: Mapping[str, int], keys: Secrets) -> list[Program]:
+    environment = environment_of(port, keys)
+    return [service(name, port[f"{name}_http"], environment) for name in SERVICES]
+
+
+def service(name: str, http_port: int, environment: Mapping[str, str]) -> Program:
+    path = "/v2/health/ready" if name == "inference" else "/health/ready"
+    return Program(
+        name=name,
+        command=(sys.executable, "-m", f"services.{name}"),
+        environment=environment,
+        ready=lambda: servers.answers(http_port, path),
+        after=(*SERVERS, "collector"),
+    )
+
+
+def environment_of(port: Mapping[str, int], keys: Secrets) -> dict[str, str]:
+    """Every service gets all of it, and reads its own. An OTLP endpoint that is set stays."""
+    own = {f"LEPTONIC_{n.upper()}_PORT": str(port[n]) for n in ports.DOORS if n != "nats"}
+    common = {
+        "LEPTONIC_HOST": LOOPBACK,
+        "LEPTONIC_NATS_URL": servers.nats_url(port["nats"]),
+        "LEPTONIC_POSTGRES_DSN": servers.postgres_dsn(port["postgres"], keys.postgres_password),
+        "LEPTONIC_S3_ENDPOINT": f"{LOOPBACK}:{port['s3_0']}",
+        "LEPTONIC_S3_ACCESS_KEY": keys.s3_access_key,
+        "LEPTONIC_S3_SECRET_KEY": keys.s3_secret_key,
+        "LEPTONIC_REGISTRY_GRPC": f"{LOOPBACK}:{port['registry_grpc']}",
+        "LEPTONIC_INGEST_GRPC": f"{LOOPBACK}:{port['ingest_grpc']}",
+    }
+    otlp = os.environ.get("LEPTONIC_OTLP_ENDPOINT") or f"{LOOPBACK}:{port['otlp']}"
+    return {**own, **common, "LEPTONIC_OTLP_ENDPOINT": otlp}
+
+
+def endpoints(port: Mapping[str, int], keys: Secrets) -> dict[str, str]:
+    """What stack.json tells."""
+    http = {
+        **{name: port[f"{name}_http"] for name in SERVICES if name != "inference"},
+        **{name: port[name] for name in ("inference_http", "inference_metrics", "inference_api")},
+        "traces": port["traces"],
+    }
+    plain = {"inference_grpc": port["inference_grpc"], "otlp": port["otlp"], "s3": port["s3_0"]}
+    return {
+        "nats": servers.nats_url(port["nats"]),
+        **{name: f"http://{LOOPBACK}:{number}" for name, number in http.items()},
+        **{name: f"{LOOPBACK}:{number}" for name, number in plain.items()},
+        "postgres": servers.postgres_dsn(port["postgres"], keys.postgres_password),
+    }
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,198 @@
+"""Keeps a table of programs running: starts them as early as they may, restarts what dies,
+stops them in the opposite order, and leaves nothing behind.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+import psutil
+
+from stack import process
+from stack.process import NotReady, Program
+
+log = logging.getLogger(__name__)
+PR_SET_CHILD_SUBREAPER = 36
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 5.0
+STEADY_S = 30.0
+"""Up for so long, a program's next failure is its first again."""
+SWEEP_S = 5.0
+SWEEP_POLL_S = 0.02
+
+
+@dataclass
+class Member:
+    """A program and its life so far."""
+
+    program: Program
+    log: Path
+    running: subprocess.Popen[bytes] | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    was_ready: asyncio.Event = field(default_factory=asyncio.Event)
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    restarts: int = 0
+    failures: int = 0
+    """In a row."""
+
+
+class Supervisor:
+    """Runs on one event loop, in the main thread: its programs are tethered to that."""
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        logs: Path,
+        say: Callable[[str], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.members = {p.name: Member(p, logs / f"{p.name}.log") for p in programs}
+        self.say = say
+        self.changed = changed
+        self.preparing = 0
+        for member in self.members.values():
+            assert set(member.program.after) <= set(self.members), member.program
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Returns after `stop` was set and everything has ended.
+
+        Raises `NotReady` when a program is not ready `process.READY_S` after the start.
+        """
+        adopt_orphans()
+        begun = monotonic()
+        keepers = [asyncio.create_task(self.keep(m, begun)) for m in self.members.values()]
+        starting = asyncio.create_task(self.started(begun))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await ends_first(stopping, starting, *keepers)
+            await ends_first(stopping, *keepers)
+        finally:
+            for task in (starting, stopping, *keepers):
+                task.cancel()
+            await asyncio.gather(starting, stopping, *keepers, return_exceptions=True)
+            await asyncio.gather(*(self.stop(member) for member in self.members.values()))
+            await self.sweep()
+
+    async def started(self, begun: float) -> None:
+        try:
+            async with asyncio.timeout(process.READY_S):
+                for member in self.members.values():
+                    await member.was_ready.wait()
+        except TimeoutError as error:
+            late = [m for m in self.members.values() if not m.was_ready.is_set()]
+            told = "\n".join(f"{m.program.name}: {process.tail(m.log)}" for m in late)
+            raise NotReady(f"not ready after {process.READY_S:.0f} s\n{told}") from error
+        self.say(f"ready: {len(self.members)} processes in {monotonic() - begun:.1f} s")
+
+    async def keep(self, member: Member, begun: float) -> None:
+        """Starts a program once what it needs is there, and again whenever it ends."""
+        name = member.program.name
+        for needed in member.program.after:
+            await self.members[needed].was_ready.wait()
+        while True:
+            started = monotonic()
+            code = await self.run_once(member, begun)
+            await self.sweep()
+            if monotonic() - started > STEADY_S:
+                member.failures = 0
+            pause = backoff_s(member.failures)
+            member.failures += 1
+            member.restarts += 1
+            self.changed()
+            self.say(
+                f"{name}: {how_it_ended(code)}; starting again in {pause:.1f} s ({member.log})"
+            )
+            await asyncio.sleep(pause)
+
+    async def run_once(self, member: Member, begun: float) -> int:
+        """From start to exit; returns the exit code."""
+        self.preparing += 1
+        try:
+            member.running = await process.start(member.program, member.log)
+        finally:
+            self.preparing -= 1
+        self.changed()
+        try:
+            async with asyncio.TaskGroup() as group:
+                probing = group.create_task(self.probe(member, begun))
+                code = await process.until_exit(member.running)
+                probing.cancel()
+        finally:
+            member.ready.clear()
+        return code
+
+    async def probe(self, member: Member, begun: float) -> None:
+        """Says when it is ready."""
+        assert member.running is not None
+        started = monotonic()
+        while not await member.program.ready():  # noqa: ASYNC110 (another process tells no event)
+            await asyncio.sleep(process.READY_POLL_S)
+        now = monotonic()
+        member.ready.set()
+        member.was_ready.set()
+        self.changed()
+        name, pid = member.program.name, member.running.pid
+        self.say(
+            f"{name:<10} ready at {now - begun:5.2f} s, {now - started:.2f} s after its start"
+            f" (pid {pid})"
+        )
+
+    async def stop(self, member: Member) -> None:
+        """Stops a program after those that need it."""
+        for other in self.members.values():
+            if member.program.name in other.program.after:
+                await other.stopped.wait()
+        if member.running is not None:
+            await process.stop(member.program, member.running)
+        member.stopped.set()
+
+    async def sweep(self) -> None:
+        """Ends what ended programs left behind: we inherit it.
+
+        Not while something is being prepared: that has children which are nobody's orphans.
+        """
+        deadline = monotonic() + SWEEP_S
+        while not self.preparing and (strays := self.strays()):
+            for stray in strays:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stray, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(stray, os.WNOHANG)  # noqa: ASYNC222 (WNOHANG)
+            if monotonic() > deadline:
+                log.warning("processes %s did not end in %s s", strays, SWEEP_S)
+                return
+            await asyncio.sleep(SWEEP_POLL_S)
+
+    def strays(self) -> list[int]:
+        own = {m.running.pid for m in self.members.values() if m.running is not None}
+        return [child.pid for child in psutil.Process().children() if child.pid not in own]
+
+
+def adopt_orphans() -> None:
+    """What a killed program leaves becomes our child, instead of init's."""
+    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+        raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def backoff_s(failures: int) -> float:
+    """0.1, 0.2, 0.4, ... 5, 5, ... seconds."""
+    return float(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(failures, 16)))
+
+
+def how_it_ended(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+
+
+async def ends_first(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
+    """Returns when one of them ends; raises what it raised."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
