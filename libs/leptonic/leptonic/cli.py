@@ -13,12 +13,12 @@ import click
 from rich.console import RenderableType
 from rich.live import Live
 
+from leptonic import demo as whole_loop
 from leptonic import doctor as machine
 from leptonic import launch, show, stackfile, story
 from leptonic.client import MODEL_SCHEME, Client, model_reference
 from leptonic.errors import Error
 
-READY_TIMEOUT_S = 60.0
 WATCH_S = 0.5
 FOLLOW_S = 0.3
 EVENTS_SHOWN = 30
@@ -79,23 +79,23 @@ def verb(function: Callable[..., None]) -> click.Command:
 
 @verb
 @click.option("--detach", is_flag=True, help="Return once the stack is ready; it runs on.")
-@click.option("--auto-ports", is_flag=True, help="Use free ports instead of the documented ones.")
-def up(session: Session, detach: bool, auto_ports: bool) -> None:
+@click.option(
+    "--ports",
+    type=click.Choice(["fixed", "auto"]),
+    default="fixed",
+    help="The documented ports, or free ones.",
+)
+def up(session: Session, detach: bool, ports: str) -> None:
     """Start the embedded stack; Ctrl-C stops it."""
-    options = ("--auto-ports",) if auto_ports else ()
+    options = ("--ports", ports)
     if not detach:
         launch.in_foreground(session.folder, options)
     started = time.monotonic()
     process = launch.in_background(session.folder, options)
-    stack = launch.wait_ready(session.folder, process, is_ready, READY_TIMEOUT_S)
+    stack = launch.wait_ready(session.folder, process)
     with Client(stack, session.project) as client:
         state = {**client.status(), "ready_after_s": round(time.monotonic() - started, 2)}
     session.answer(state, show.status(state))
-
-
-def is_ready(stack: stackfile.Stack) -> bool:
-    with Client(stack) as client:
-        return bool(client.status()["ready"])
 
 
 @verb
@@ -137,11 +137,11 @@ def publish(session: Session, dataset: str, file: Path, id: str) -> None:
     with session.client() as client:
         receipt = client.publish(dataset, file, id=id)
     refused = receipt["refused"]
-    rows: list[show.Column] = [(name, show.of(name)) for name in ("record", "field", "reason")]
-    text = f"accepted {receipt['accepted']}"
-    session.answer(receipt, show.table("refused", rows, refused) if refused else text)
+    columns: list[show.Column] = [(name, show.of(name)) for name in ("index", "field", "reason")]
+    drawn = show.table("refused", columns, receipt["refusals"])
+    session.answer(receipt, drawn if refused else f"accepted {receipt['accepted']}")
     if refused:
-        raise Error(f"accepted {receipt['accepted']}, refused {len(refused)}; nothing else is lost")
+        raise Error(f"{refused} records were refused, {receipt['accepted']} accepted")
 
 
 @verb
@@ -325,7 +325,22 @@ def doctor(session: Session) -> None:
 def bench(session: Session) -> None:
     """Measure the doors as ratios to the bare servers below them."""
     root = launch.platform_root()
-    options = ["--json"] if session.as_json else []
-    done = subprocess.run([sys.executable, "-m", "bench", *options], cwd=root, check=False)
+    output = sys.stderr if session.as_json else None
+    done = subprocess.run([sys.executable, "-m", "bench"], cwd=root, stdout=output, check=False)
     if done.returncode:
         raise Error(f"the benchmark ended with {done.returncode}")
+    if session.as_json:
+        click.echo((root / "bench" / "results.json").read_text(), nl=False)
+
+
+@verb
+@click.option("--keep", is_flag=True, help="Leave the stack running.")
+def demo(session: Session, keep: bool) -> None:
+    """Run the whole loop on real data: publish, train, deploy, drift, retrain, promote."""
+    console = show.console(stderr=session.as_json)
+    try:
+        measured = whole_loop.run(session.folder, console, keep)
+    except KeyboardInterrupt:
+        raise Error("interrupted; everything was stopped") from None
+    if session.as_json:
+        click.echo(json.dumps(measured, indent=2))

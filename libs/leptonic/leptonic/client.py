@@ -12,7 +12,7 @@ import httpx
 
 from leptonic import stackfile, tensors, wire
 from leptonic.errors import Error
-from leptonic.records import FORMATS, chunks_of
+from leptonic.records import chunks_of
 
 TIMEOUT_S = 60.0
 READY_TIMEOUT_S = 2.0
@@ -82,20 +82,21 @@ class Client:
     def publish(
         self, dataset: str, records: str | Path | Iterable[Mapping[str, Any]], id: str = ""
     ) -> dict[str, Any]:
-        """Records -> `{"accepted": n, "refused": [{"record", "field", "reason"}, ...]}`.
+        """Records -> `{"accepted": n, "refused": n, "refusals": [{"index", "field", "reason"}]}`.
 
         `records` are dicts, or a file: .ndjson, .jsonl, .json, .csv, .parquet, .arrow. The same
-        `id` again is stored once.
+        records with the same `id` are stored once.
         """
         identity = id or uuid.uuid4().hex
-        total: dict[str, Any] = {"accepted": 0, "refused": []}
-        for number, (offset, kind, payload) in enumerate(chunks_of(records)):
-            headers = {"content-type": kind, "Nats-Msg-Id": f"{identity}-{number}"}
-            path = self.path("datasets", dataset, "records")
+        total: dict[str, Any] = {"accepted": 0, "refused": 0, "refusals": []}
+        path = self.path("datasets", dataset, "records")
+        for number, (before, kind, payload) in enumerate(chunks_of(records)):
+            headers = {"content-type": kind, "idempotency-key": f"{identity}-{number}"}
             receipt = self.call("ingest", "POST", path, content=payload, headers=headers)
             total["accepted"] += receipt["accepted"]
-            total["refused"] += [
-                {**one, "record": one.get("record", 0) + offset} for one in receipt["refused"]
+            total["refused"] += receipt["refused"]
+            total["refusals"] += [
+                {**one, "index": one["index"] + before} for one in receipt["refusals"]
             ]
         return total
 
@@ -287,4 +288,4 @@ def is_trace_id(text: str) -> bool:
     return len(text) == 32 and all(c in "0123456789abcdefABCDEF" for c in text)
 
 
-__all__ = ["FORMATS", "Client", "connect", "is_trace_id", "model_reference"]
+__all__ = ["Client", "connect", "is_trace_id", "model_reference"]

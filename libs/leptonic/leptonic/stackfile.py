@@ -11,6 +11,7 @@ from typing import Any
 from leptonic.errors import Error
 
 DATA_DIR = ".leptonic"
+FILE = "stack.json"
 ENDPOINTS_VARIABLE = "LEPTONIC_ENDPOINTS"
 
 
@@ -22,9 +23,14 @@ class Stack:
     endpoints: Mapping[str, str]
     project: str = "default"
     pid: int = 0
-    """Of the supervisor; 0 for a stack this machine does not run."""
+    """Of the supervisor; 0 for a stack that is stopped, or on another machine."""
     started_at: Any = None
     processes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the supervisor says that every process does its work."""
+        return bool(self.processes) and all(one["ready"] for one in self.processes.values())
 
     def endpoint(self, name: str) -> str:
         try:
@@ -41,15 +47,16 @@ def locate(data_dir: str | Path | None, environment: Mapping[str, str] = os.envi
     if data_dir is None and named:
         return read(Path(named))
     folder = Path(data_dir or DATA_DIR)
-    path = folder / "stack.json"
-    if not path.exists():
+    if not runs_on(folder):
         problem = f"no stack runs on {folder}: start one with `leptonic up --data-dir {folder}`"
         raise Error(problem, code="NOT_RUNNING")
-    stack = read(path)
-    if not is_alive(stack.pid):
-        problem = f"the stack on {folder} is gone: start it with `leptonic up --data-dir {folder}`"
-        raise Error(problem, code="NOT_RUNNING")
-    return stack
+    return read(folder / FILE)
+
+
+def runs_on(folder: Path) -> bool:
+    """Whether the folder's stack runs on this machine now."""
+    path = folder / FILE
+    return path.exists() and is_alive(read(path).pid)
 
 
 def read(path: Path) -> Stack:
@@ -66,7 +73,7 @@ def read(path: Path) -> Stack:
         source=str(path),
         endpoints=document["endpoints"],
         project=document.get("project", "default"),
-        pid=document.get("pid", 0),
+        pid=document.get("pid") or 0,
         started_at=document.get("started_at"),
         processes=document.get("processes", {}),
     )
@@ -74,6 +81,8 @@ def read(path: Path) -> Stack:
 
 def is_alive(pid: int) -> bool:
     """Whether a process of this id runs; a zombie does not."""
+    if not pid:
+        return False
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
