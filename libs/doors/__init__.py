@@ -48,5 +48,13 @@ class Exhausted(Refused):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class DeadlineExceeded(Refused):
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Internal(Refused):
+    code = grpc.StatusCode.INTERNAL
+
+
 class Unavailable(Refused):
     code = grpc.StatusCode.UNAVAILABLE

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -30,7 +30,13 @@ Ready = Callable[[], Awaitable[bool]]
 
 
 class Refusals(grpc.aio.ServerInterceptor):
-    """Continues the caller's trace, and turns `Refused` into its status."""
+    """Continues the caller's trace, and turns `Refused` into its status.
+
+    A method in `own_span` (`/package.Service/Method`) opens its span itself.
+    """
+
+    def __init__(self, own_span: Collection[str] = ()) -> None:
+        self.own_span = frozenset(own_span)
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
@@ -49,8 +55,16 @@ class Refusals(grpc.aio.ServerInterceptor):
                     telemetry.mark_failed(span, str(error))
                     await context.abort(error.code, str(error))
 
+        async def answer_untraced(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await method(request, context)
+            except Refused as error:
+                await context.abort(error.code, str(error))
+
         return grpc.unary_unary_rpc_method_handler(
-            answer, handler.request_deserializer, handler.response_serializer
+            answer_untraced if details.method in self.own_span else answer,
+            handler.request_deserializer,
+            handler.response_serializer,
         )
 
 
@@ -66,13 +80,17 @@ async def grpc_door(
     add: Callable[[grpc.aio.Server], None],
     services: Sequence[ServiceDescriptor],
     ready: Ready,
+    own_span: Collection[str] = (),
 ) -> AsyncIterator[int]:
     """Serves gRPC with health and reflection; yields the port. Drains when the block ends.
 
-    `add` registers the servicers. Raises `OSError` when the port is in use.
+    `add` registers the servicers, `own_span` is for `Refusals`. Raises `OSError` when the port is
+    in use.
     """
     size = ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)
-    server = grpc.aio.server(interceptors=[Refusals()], options=[size, *reuse(shared=False)])
+    server = grpc.aio.server(
+        interceptors=[Refusals(own_span)], options=[size, *reuse(shared=False)]
+    )
     add(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

@@ -1,0 +1,258 @@
+"""The serve agent: takes what the scheduler placed on this node towards what the registry desires.
+
+What it was told is in Postgres, so that after a restart it serves again without asking anybody.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+
+import msgspec
+
+from libs import telemetry
+from libs.bus import Bus
+from libs.bus.loop import backoff_s
+from libs.contracts.events import (
+    DeploymentObserved,
+    DeploymentReady,
+    DeploymentUpdated,
+    Resources,
+    Target,
+)
+from libs.database import TRANSIENT, Database
+from libs.objectstore import Corrupt, Missing, ObjectStore, Unavailable
+from services.inference import domain, models, store
+from services.inference.endpoints import Endpoint, Endpoints, Key, batching_of, context_of
+from services.inference.registry import Registry
+
+log = logging.getLogger(__name__)
+BEAT_S = 1.0
+OBSERVE_S = 1.0
+RETRY_S = 2.0
+FORGET_EVERY = 3600
+"""Observations between two sweeps of the request log."""
+
+
+class Node(msgspec.Struct, frozen=True):
+    """What this process is to the scheduler, and to whoever counts replicas."""
+
+    name: str
+    incarnation: str
+    """Of the process: another one after every start."""
+    capacity: Resources
+
+
+class Agent:
+    def __init__(
+        self,
+        db: Database,
+        bus: Bus,
+        objects: ObjectStore,
+        registry: Registry,
+        endpoints: Endpoints,
+        node: Node,
+    ) -> None:
+        self.db = db
+        self.bus = bus
+        self.objects = objects
+        self.registry = registry
+        self.endpoints = endpoints
+        self.node = node
+        self.assignments: list[store.Assignment] = []
+        self.desired: dict[Key, tuple[DeploymentUpdated, str]] = {}
+        self.owed: set[Key] | None = None
+        """Models this node served before it was started; unknown until Postgres said it."""
+        self.changed = asyncio.Event()
+        self.lacking = asyncio.Event()
+        self.lacking.set()
+
+    @property
+    def wanted(self) -> set[Key]:
+        return {(one.project, one.model) for one in self.assignments}
+
+    async def ready(self) -> bool:
+        """Whether everything this node served before its start is served again."""
+        return self.owed is not None and all(
+            self.endpoints.is_routed(key) for key in self.owed & self.wanted
+        )
+
+    def wake(self, lacking: bool = False) -> None:
+        """Something was written to Postgres; `lacking`: the registry may know more."""
+        self.changed.set()
+        if lacking:
+            self.lacking.set()
+
+    async def beat(self) -> None:
+        while True:
+            await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat())
+            await asyncio.sleep(BEAT_S)
+
+    def heartbeat(self) -> bytes:
+        running = [
+            {"project": a.project, "job": a.job, "attempt": a.attempt, "token": a.token}
+            for a in self.assignments
+        ]
+        return msgspec.json.encode(
+            {
+                "node": self.node.name,
+                "incarnation": self.node.incarnation,
+                "kinds": ["serve"],
+                "capacity": self.node.capacity,
+                "running": running,
+                "health": "Healthy",
+            }
+        )
+
+    async def run(self) -> None:
+        """Reconciles when woken, and again after a while as long as something is missing."""
+        tries = 0
+        while True:
+            self.changed.clear()
+            tries += 1
+            try:
+                if await self.reconcile():
+                    tries = 0
+            except TRANSIENT as error:
+                log.warning("deployments: %s; again in %s s", error, backoff_s(tries))
+            with contextlib.suppress(TimeoutError):
+                again_s = backoff_s(tries) if tries else None
+                await asyncio.wait_for(self.changed.wait(), again_s)
+
+    async def refresh(self) -> None:
+        async with self.db.transaction() as tx:
+            self.assignments = await store.assignments(tx, self.node.name)
+            known = await store.desired(tx)
+        self.desired = {(one.project, one.model): (one, place) for one, place in known}
+        if self.owed is None:
+            self.owed = self.wanted
+
+    async def reconcile(self) -> bool:
+        """True when every desired generation is the one that is routed."""
+        await self.refresh()
+        for key in set(self.endpoints.by_key) - self.wanted:
+            await self.endpoints.remove(key)
+        complete = [await self.converge(key) for key in sorted(self.wanted)]
+        return all(complete)
+
+    async def converge(self, key: Key) -> bool:
+        endpoint = self.endpoints.at(key)
+        if key not in self.desired:
+            self.lacking.set()
+            return False
+        deployment, place = self.desired[key]
+        if endpoint.announced == deployment.generation:
+            return True
+        with telemetry.span(
+            "deployment load",
+            parent=place,
+            links=[target.traceparent for target in deployment.targets],
+            attributes={
+                "leptonic.model": deployment.model,
+                "leptonic.generation": deployment.generation,
+            },
+        ) as span:
+            complete = await self.roll_out(endpoint, deployment)
+            if not complete:
+                telemetry.mark_failed(span, "a version could not be loaded; again later")
+        return complete
+
+    async def roll_out(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> bool:
+        """Loads first, routes then, unloads last: no request is refused on the way."""
+        todo = domain.plan(deployment, endpoint.loaded, endpoint.route)
+        for target in todo.load:
+            await self.load(endpoint, deployment, target)
+        todo = domain.plan(deployment, endpoint.loaded, endpoint.route)
+        endpoint.follow(deployment, todo)
+        endpoint.rolled_out = context_of(telemetry.current())
+        for number in todo.unload:
+            await endpoint.unload(number)
+        if todo.complete:
+            await self.announce(endpoint, deployment)
+        return todo.complete
+
+    async def load(self, endpoint: Endpoint, deployment: DeploymentUpdated, target: Target) -> None:
+        """A version that cannot be loaded is logged and left for later; it is never served."""
+        name = f"{deployment.model} version {target.number}"
+        try:
+            model = await models.load(self.objects, target.digest)
+        except Unavailable as error:
+            log.warning("%s: failed to load: %s", name, error)
+        except (Corrupt, Missing, models.Unloadable) as error:
+            log.error("%s: failed to load: %s", name, error)
+        else:
+            await endpoint.add(target, model, batching_of(deployment))
+
+    async def announce(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> None:
+        async with self.db.transaction() as tx:
+            await tx.emit(
+                DeploymentReady(
+                    project=deployment.project,
+                    model=deployment.model,
+                    generation=deployment.generation,
+                    replica=self.node.name,
+                )
+            )
+        endpoint.announced = deployment.generation
+        log.info("%s serves generation %s", deployment.model, deployment.generation)
+
+    async def catch_up(self) -> None:
+        """Asks the registry whenever something may be missing, for as long as it takes."""
+        while True:
+            await self.lacking.wait()
+            self.lacking.clear()
+            try:
+                await self.catch_up_once()
+            except TRANSIENT as error:
+                log.warning("%s; again in %s s", error, RETRY_S)
+                self.lacking.set()
+                await asyncio.sleep(RETRY_S)
+
+    async def catch_up_once(self) -> None:
+        for project in {self.endpoints.project, *(a.project for a in self.assignments)}:
+            deployments = await self.registry.deployments(project)
+            async with self.db.transaction() as tx:
+                for deployment in deployments:
+                    await store.desire(tx, deployment, "")
+        self.wake()
+
+    async def observe(self) -> None:
+        for tick in itertools.count():
+            await asyncio.sleep(OBSERVE_S)
+            try:
+                await self.observe_once()
+                if tick % FORGET_EVERY == 0:
+                    async with self.db.transaction() as tx:
+                        await store.forget_old(tx)
+            except TRANSIENT as error:
+                log.warning("counts: %s; again in %s s", error, OBSERVE_S)
+
+    async def observe_once(self) -> None:
+        """Counts go to Postgres and, when they changed, out as an event; both or neither."""
+        for endpoint in list(self.endpoints.by_key.values()):
+            if endpoint.deployment is not None:
+                await self.observe_endpoint(endpoint, endpoint.deployment)
+
+    async def observe_endpoint(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> None:
+        project, model, replica = endpoint.project, endpoint.model, self.node.name
+        counts = {place: list(pair) for place, pair in endpoint.counts.items()}
+        async with self.db.transaction() as tx:
+            for (generation, number), (requests, errors) in counts.items():
+                place = (project, model, generation, number, replica)
+                await store.add_counts(tx, place, requests, errors)
+            found = await store.tallies(tx, deployment, replica)
+            observed = domain.observations(deployment, found)
+            if found and observed != endpoint.observed:
+                await tx.emit(
+                    DeploymentObserved(
+                        project=project,
+                        model=model,
+                        generation=deployment.generation,
+                        replica=replica,
+                        observations=observed,
+                    ),
+                    traceparent="",
+                )
+        endpoint.settle(counts)
+        if deployment is endpoint.deployment:
+            endpoint.observed = observed

@@ -1,0 +1,140 @@
+"""Inference, wired: settings, connections, the agent and its loops, five doors, the drain."""
+
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import grpc
+from msgspec import Meta
+
+from libs import database, telemetry
+from libs.bus import Bus, jetstream, loop
+from libs.contracts.events import Resources
+from libs.contracts.protos import (
+    inference_pb2,
+    inference_pb2_grpc,
+    open_inference_pb2,
+    open_inference_pb2_grpc,
+)
+from libs.database import TRANSIENT, Database
+from libs.doors import gateway
+from libs.doors.serve import background, grpc_door, http_app, http_door, until_stopped
+from libs.objectstore import ObjectStore
+from libs.settings import Common
+from services.inference import feedback
+from services.inference.agent import Agent, Node
+from services.inference.endpoints import Endpoints
+from services.inference.handlers import HANDLERS, Context
+from services.inference.journal import Journal
+from services.inference.registry import Registry
+from services.inference.rest import Rest
+from services.inference.server import MODEL_INFER, Inference, OpenInference
+from services.inference.store import MIGRATIONS
+
+log = logging.getLogger(__name__)
+OPEN_INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+PLATFORM_API = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+
+
+class Settings(Common, frozen=True, kw_only=True):
+    http_port: Annotated[int, Meta(description="Open Inference Protocol over HTTP")] = 8000
+    grpc_port: Annotated[int, Meta(description="Open Inference Protocol over gRPC")] = 8001
+    metrics_port: Annotated[int, Meta(description="Prometheus metrics")] = 8002
+    api_port: Annotated[int, Meta(description="inference's HTTP JSON door")] = 8015
+    node: Annotated[str, Meta(description="this replica's name; unique")] = "inference"
+    project: Annotated[str, Meta(description="whose models are named without project")] = "default"
+    server_name: Annotated[str, Meta(description="name in the server's metadata")] = "leptonic"
+    trace_percent: Annotated[int, Meta(ge=0, le=100, description="requests that get a span")] = 100
+    cpu_milli: Annotated[int, Meta(description="CPU offered to the scheduler")] = 4000
+    memory_mib: Annotated[int, Meta(description="memory offered to the scheduler")] = 4096
+
+
+async def main(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT; then what was accepted is answered and logged."""
+    with telemetry.start("inference", settings.otlp_endpoint, settings.log_level):
+        async with contextlib.AsyncExitStack() as stack:
+            db = await stack.enter_async_context(
+                database.connect(settings.postgres_dsn, "inference", MIGRATIONS)
+            )
+            bus = await stack.enter_async_context(
+                jetstream.connect(settings.nats_url, settings.nats_token, settings.node)
+            )
+            await stack.enter_async_context(serving(settings, db, bus))
+            await until_stopped()
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[Agent]:
+    """The replica, with its doors open. They close first when the block ends."""
+    async with contextlib.AsyncExitStack() as stack:
+        journal = Journal(bus)
+        await stack.enter_async_context(journal.running())
+        endpoints = Endpoints(journal, settings.project, settings.node, settings.trace_percent)
+        stack.push_async_callback(endpoints.close)
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(settings.registry_grpc))
+        node = Node(
+            name=settings.node,
+            incarnation=uuid.uuid4().hex,
+            capacity=Resources(settings.cpu_milli, settings.memory_mib),
+        )
+        agent = Agent(db, bus, store_of(settings), Registry(channel), endpoints, node)
+        stack.push_async_callback(count_what_is_left, agent)
+        await stack.enter_async_context(
+            background(
+                db.relay(bus),
+                loop.run(bus, settings.node, HANDLERS, Context(db, agent), TRANSIENT),
+                feedback.consume_requests(bus, db),
+                feedback.consume_feedback(bus, db),
+                agent.run(),
+                agent.catch_up(),
+                agent.beat(),
+                agent.observe(),
+            )
+        )
+        await stack.enter_async_context(doors(settings, Inference(db, bus, endpoints), agent))
+        yield agent
+
+
+def store_of(settings: Settings) -> ObjectStore:
+    return ObjectStore(
+        settings.s3_endpoint,
+        settings.s3_access_key,
+        settings.s3_secret_key,
+        settings.s3_bucket,
+        settings.s3_secure,
+    )
+
+
+async def count_what_is_left(agent: Agent) -> None:
+    """Counts since the last second; without Postgres they are lost, and said so."""
+    try:
+        await agent.observe_once()
+    except TRANSIENT as error:
+        log.warning("the last counts are not kept: %s", error)
+
+
+@contextlib.asynccontextmanager
+async def doors(settings: Settings, api: Inference, agent: Agent) -> AsyncIterator[None]:
+    name, ready, endpoints = settings.server_name, agent.ready, agent.endpoints
+
+    def add(server: grpc.aio.Server) -> None:
+        oip = OpenInference(endpoints, name, ready)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(oip, server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(api, server)
+
+    label_door = gateway.route(api.SendFeedback, PLATFORM_API.methods_by_name["SendFeedback"])
+    rest = [*Rest(endpoints, name, ready).routes(), label_door]
+    services = [OPEN_INFERENCE, PLATFORM_API]
+    async with (
+        grpc_door(settings.host, settings.grpc_port, add, services, ready, [MODEL_INFER]),
+        http_door(settings.host, settings.http_port, http_app("Inference", [], ready, rest)),
+        http_door(settings.host, settings.metrics_port, http_app("Metrics", [], ready)),
+        http_door(
+            settings.host,
+            settings.api_port,
+            http_app("Leptonic inference", [(api, PLATFORM_API)], ready),
+        ),
+    ):
+        yield
