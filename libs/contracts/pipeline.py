@@ -3,6 +3,9 @@
 `parse` refuses what it does not know, and says at which field.
 """
 
+import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -26,6 +29,10 @@ STEPS: dict[str, frozenset[str]] = {
     "split": frozenset({"test", "seed"}),
 }
 RECIPES = ("mlp", "cnn")
+VALUES_MAX = 10_000
+DEPTH_MAX = 16
+UNKNOWN_KEY = re.compile(r"Object contains unknown field `(.*)`")
+MISSING_KEY = re.compile(r"Object missing required field `(.*)`")
 
 
 class Invalid(ValueError):
@@ -144,18 +151,78 @@ def parse(text: str) -> Pipeline:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise Invalid("$", f"not YAML: {error}") from error
+    except RecursionError as error:
+        raise Invalid("$", f"nested deeper than {DEPTH_MAX}") from error
     return convert(document)
 
 
 def convert(document: Any) -> Pipeline:
     """Builtins -> Pipeline. Raises `Invalid`."""
+    check_plain(document)
     try:
         pipeline = msgspec.convert(document, Pipeline)
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `")
-        raise Invalid(path.rstrip("`") or "$", problem) from error
+        raise located(document, str(error)) from error
     check(pipeline)
     return pipeline
+
+
+def check_plain(document: Any) -> None:
+    """Only what JSON can say, and only so much of it: a few aliases can mean billions of values."""
+    for count, (path, value, depth) in enumerate(walk("$", document, 0)):
+        if count > VALUES_MAX or depth > DEPTH_MAX:
+            bounds = f"more than {VALUES_MAX} values or nested deeper than {DEPTH_MAX}"
+            raise Invalid("$", bounds)
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise Invalid(path, f"keys are text, got {key!r}")
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise Invalid(path, f"a finite number, got {value}")
+        elif isinstance(value, int):
+            if not -(1 << 63) <= value < 1 << 63:
+                raise Invalid(path, f"a 64-bit integer, got one of {value.bit_length()} bits")
+        elif not (value is None or isinstance(value, str | list)):
+            raise Invalid(path, f"a {type(value).__name__} is no value here: quote it to mean text")
+
+
+def walk(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
+    """(path, value, depth) of a document and everything in it, each before what it holds."""
+    yield path, value, depth
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from walk(f"{path}.{key}", inner, depth + 1)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from walk(f"{path}[{index}]", inner, depth + 1)
+
+
+def located(document: Any, text: str) -> Invalid:
+    """msgspec's words -> the field. Where it writes `[...]` for a key, the key is looked up."""
+    problem, _, path = text.partition(" - at `")
+    path = path.rstrip("`") or "$"
+    parent, _, _ = path.partition("[...]")
+    if parent != path:
+        for inner, value, _ in walk("$", document, 0):
+            if inner == parent:
+                return culprit(parent, value, Field if "schema" in parent else dict[str, Any])
+    if found := UNKNOWN_KEY.fullmatch(problem):
+        return Invalid(f"{path}.{found[1]}", "unknown key")
+    if found := MISSING_KEY.fullmatch(problem):
+        return Invalid(f"{path}.{found[1]}", "is required")
+    return Invalid(path, problem)
+
+
+def culprit(parent: str, mapping: dict[str, Any], kind: Any) -> Invalid:
+    """The first entry of a mapping that is not of this kind, by its name."""
+    for key, value in mapping.items():
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            found = located(value, str(error))
+            return Invalid(f"{parent}.{key}{found.field[1:]}", found.problem)
+    raise AssertionError(f"{parent} was refused, and every entry of it is fine")
 
 
 def check(pipeline: Pipeline) -> None:
@@ -169,6 +236,7 @@ def check(pipeline: Pipeline) -> None:
     for index, gate in enumerate(pipeline.gates):
         check_gate(f"$.gates[{index}]", gate, known, pipeline.train.recipe)
     check_deployment(pipeline.deployment)
+    check_triggers(pipeline.triggers)
 
 
 def check_names(pipeline: Pipeline) -> None:
@@ -178,7 +246,7 @@ def check_names(pipeline: Pipeline) -> None:
         ("$.deployment.model", pipeline.deployment.model),
     ):
         if not is_name(name):
-            raise Invalid(path, f"{name!r} is not a name: use 1-63 of a-z, 0-9, '_' and '-'")
+            raise Invalid(path, f"{name!r} is not a name: use 1-63 letters, digits, '_' and '-'")
 
 
 def is_name(name: str) -> bool:
@@ -212,9 +280,47 @@ def check_step(path: str, step: dict[str, dict[str, Any]], pipeline: Pipeline) -
         if option not in STEPS[name]:
             known = ", ".join(sorted(STEPS[name]))
             raise Invalid(f"{path}.{name}.{option}", f"unknown option: one of {known}")
-    for column in options.get("columns", []):
-        if column not in pipeline.dataset.schema:
-            raise Invalid(f"{path}.{name}.columns", f"no column {column!r} in the schema")
+    for option, value in options.items():
+        check_option(f"{path}.{name}.{option}", option, value, pipeline.dataset.schema)
+    low, high = options.get("min"), options.get("max")
+    if low is not None and high is not None and low > high:
+        raise Invalid(f"{path}.{name}.min", f"{low} is more than max, {high}")
+
+
+def check_option(path: str, option: str, value: Any, schema: dict[str, Field]) -> None:
+    if option == "columns":
+        if not isinstance(value, list) or not value:
+            raise Invalid(path, f"a list of columns, got {value!r}")
+        for column in value:
+            if column not in list(schema):
+                raise Invalid(path, f"no column {column!r} in the schema")
+    elif option == "to":
+        if value not in TYPES:
+            raise Invalid(path, f"unknown type {value!r}: one of {', '.join(TYPES)}")
+    elif option == "seed":
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise Invalid(path, f"a whole number, got {value!r}")
+    elif option == "test":
+        if not is_number(value) or not 0 <= value < 1:
+            raise Invalid(path, f"0 or more and less than 1, got {value!r}")
+    elif option in ("min", "max"):
+        if value is not None and not is_number(value):
+            raise Invalid(path, f"a number, got {value!r}")
+    else:
+        check_channels(path, option, value)
+
+
+def check_channels(path: str, option: str, value: Any) -> None:
+    """`mean` or `std` of an image: one number, or one for each channel."""
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(is_number(one) for one in numbers):
+        raise Invalid(path, f"a number, or a list of one for each channel, got {value!r}")
+    if option == "std" and any(one <= 0 for one in numbers):
+        raise Invalid(path, f"more than 0, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_train(train: Train) -> None:
@@ -226,8 +332,15 @@ def check_train(train: Train) -> None:
         raise Invalid("$.train.task", f"unknown task {train.task!r}: one of {', '.join(METRICS)}")
     if train.engine not in ("auto", "pool", "ray_train"):
         raise Invalid("$.train.engine", f"unknown engine {train.engine!r}: auto, pool or ray_train")
-    if not 1 <= train.workers <= 1024:
-        raise Invalid("$.train.workers", f"1 to 1024, got {train.workers}")
+    for name, low, high in (
+        ("workers", 1, 1024),
+        ("seed", 0, (1 << 32) - 1),
+        ("cpu_milli", 1, 1 << 31),
+        ("memory_mib", 1, 1 << 31),
+    ):
+        check_range(f"$.train.{name}", getattr(train, name), low, high)
+    if not is_name(train.queue):
+        raise Invalid("$.train.queue", f"{train.queue!r} is not a name")
 
 
 def check_gate(path: str, gate: Gate, known: tuple[str, ...], recipe: str) -> None:
@@ -239,12 +352,29 @@ def check_gate(path: str, gate: Gate, known: tuple[str, ...], recipe: str) -> No
 
 
 def check_deployment(deployment: Deployment) -> None:
-    percent = deployment.canary.traffic_percent
-    if not 1 <= percent <= 99:
-        raise Invalid("$.deployment.canary.trafficPercent", f"1 to 99, got {percent}")
-    if deployment.replicas < 0:
-        raise Invalid("$.deployment.replicas", f"0 or more, got {deployment.replicas}")
-    for name in ("max_batch_size", "max_queue_size"):
-        size = getattr(deployment.batching, name)
-        if size < 1:
-            raise Invalid(f"$.deployment.batching.{name}", f"1 or more, got {size}")
+    canary, batching = deployment.canary, deployment.batching
+    path = "$.deployment"
+    check_range(f"{path}.replicas", deployment.replicas, 0, 1024)
+    check_range(f"{path}.request_log_percent", deployment.request_log_percent, 0, 100)
+    check_range(f"{path}.canary.trafficPercent", canary.traffic_percent, 1, 99)
+    check_range(f"{path}.canary.min_requests", canary.min_requests, 1, 1 << 31)
+    check_range(f"{path}.canary.min_labelled", canary.min_labelled, 1, 1 << 31)
+    check_range(f"{path}.canary.max_error_rate", canary.max_error_rate, 0, 1)
+    check_range(f"{path}.canary.max_accuracy_drop", canary.max_accuracy_drop, 0, 1)
+    check_range(f"{path}.batching.max_batch_size", batching.max_batch_size, 1, 1 << 16)
+    check_range(f"{path}.batching.max_queue_size", batching.max_queue_size, 1, 1 << 20)
+    delay = batching.max_queue_delay_microseconds
+    check_range(f"{path}.batching.max_queue_delay_microseconds", delay, 0, 10_000_000)
+
+
+def check_triggers(triggers: Triggers) -> None:
+    if triggers.records is not None:
+        check_range("$.triggers.records", triggers.records, 1, 1 << 40)
+    if triggers.drift is not None:
+        check_range("$.triggers.drift.psi", triggers.drift.psi, 0, 1000)
+        check_range("$.triggers.drift.min_records", triggers.drift.min_records, 1, 1 << 40)
+
+
+def check_range(path: str, value: float, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise Invalid(path, f"{low} to {high}, got {value}")
