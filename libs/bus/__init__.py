@@ -70,7 +70,10 @@ class Subscription(Protocol):
         ...
 
     async def pending(self) -> int:
-        """Messages not yet delivered plus those delivered and not acked."""
+        """Messages not yet delivered plus those delivered and not acked.
+
+        Raises `ConnectionError` when the broker does not say.
+        """
         ...
 
 

@@ -68,15 +68,19 @@ class JetStreamSubscription:
     async def fetch(self, limit: int, timeout_s: float) -> list[Delivery]:
         try:
             messages = await self.pull.fetch(limit, timeout=timeout_s)
-        except (nats.errors.TimeoutError, nats.js.errors.APIError, nats.errors.Error) as error:
-            if not isinstance(error, nats.errors.TimeoutError):
-                log.warning("fetch: %s", error)
-                await asyncio.sleep(RECONNECT_WAIT_S)
+        except TimeoutError:  # nats-py raises its own, and under load the plain one
+            return []
+        except (nats.errors.Error, nats.js.errors.Error) as error:
+            log.warning("fetch: %s", error)
+            await asyncio.sleep(RECONNECT_WAIT_S)
             return []
         return [JetStreamDelivery(message) for message in messages]
 
     async def pending(self) -> int:
-        info = await self.pull.consumer_info()
+        try:
+            info = await self.pull.consumer_info()
+        except (nats.errors.Error, nats.js.errors.Error) as error:
+            raise ConnectionError(f"consumer info: {error}") from error
         return (info.num_pending or 0) + (info.num_ack_pending or 0)
 
 
@@ -86,6 +90,11 @@ class JetStreamBus:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.context = client.jetstream(timeout=PUBLISH_TIMEOUT_S)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server can be reached now."""
+        return self.client.is_connected
 
     async def create_streams(self) -> None:
         """Creates what is missing; what is there is left as it is."""

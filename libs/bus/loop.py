@@ -156,12 +156,12 @@ async def dead_letter(
 
 
 @contextlib.asynccontextmanager
-async def kept_alive(deliveries: list[Delivery]) -> Any:
+async def kept_alive(deliveries: list[Delivery], ack_wait_s: float = ACK_WAIT_S) -> Any:
     """Tells the broker that these are being worked on, for as long as the block lasts."""
 
     async def beat() -> None:
         while True:
-            await asyncio.sleep(ACK_WAIT_S / 3)
+            await asyncio.sleep(ack_wait_s / 3)
             for delivery in deliveries:
                 await delivery.in_progress()
 
