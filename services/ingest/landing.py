@@ -39,6 +39,7 @@ T = TypeVar("T")
 LANES = 2
 """Batches in work at once: one computes while another waits for S3 or Postgres."""
 FETCH_TIMEOUT_S = 1.0
+FETCH_TIMEOUT_MIN_S = 0.001
 ACK_WAIT_S = 6.0
 """After a kill, what was in work comes back this late."""
 LINGER_S = 0.05
@@ -98,7 +99,7 @@ class Landing:
         held_bytes = 0
         largest_bytes = self.largest_bytes
         deadline = monotonic() + FETCH_TIMEOUT_S
-        while (left_s := deadline - monotonic()) > 0:
+        while (left_s := deadline - monotonic()) > FETCH_TIMEOUT_MIN_S:
             limit = domain.fetch_limit(len(held), held_bytes, largest_bytes)
             if not limit:
                 break
