@@ -12,9 +12,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from libs.contracts.artifacts import DatasetManifest
 from libs.contracts.events import DatasetVersionCreated, DriftDetected
+from libs.database import TRANSIENT
+from libs.objectstore import ObjectStore, Unavailable
 from services.preprocess import worker
 from services.preprocess.tests.desk import Desk, applied, context_of, landed, traceparent_of
 from services.preprocess.tests.digits import part
+from stack import ports
 
 FIRST = [part(start, start + 250) for start in range(0, 1000, 250)]
 INVERTED = [part(start, start + 100, inverted=True) for start in range(1000, 1600, 100)]
@@ -182,3 +185,17 @@ async def test_the_build_continues_the_trace_of_its_trigger_and_links_all_parts(
     assert version.traceparent.split("-")[1:3] == [f"{4:032x}", own]
     row = await desk.one("select traceparent from outbox")
     assert row == {"traceparent": version.traceparent}
+
+
+async def test_while_the_object_store_is_away_nothing_is_lost(desk: Desk) -> None:
+    await desk.handle(applied())
+    for one in FIRST:
+        await desk.land(one)
+    (port,) = ports.free(1)
+    away = context_of(desk.db, ObjectStore(f"127.0.0.1:{port}", "key", "secret", "bucket"))
+    with pytest.raises(Unavailable):
+        await worker.run_once(away)
+    assert issubclass(Unavailable, TRANSIENT)
+    assert await desk.versions() == []
+    await desk.work()
+    assert len(await desk.versions()) == 1
