@@ -28,6 +28,8 @@ from libs.bus import (
 log = logging.getLogger(__name__)
 PUBLISH_TIMEOUT_S = 1.0
 PUBLISH_TRIES = 5
+API_TIMEOUT_S = 5.0
+"""To create or look up a stream or a consumer: on a busy disk that takes longer than a publish."""
 ACK_PENDING_MAX = 4096
 RECONNECT_WAIT_S = 0.2
 LISTEN_QUEUE_MAX = 4096
@@ -89,7 +91,7 @@ class JetStreamBus:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.context = client.jetstream(timeout=PUBLISH_TIMEOUT_S)
+        self.context = client.jetstream(timeout=API_TIMEOUT_S)
 
     @property
     def connected(self) -> bool:

@@ -1,0 +1,83 @@
+"""From a prediction's span one can walk to the registration and the roll-out of its version."""
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+
+from libs.bus.jetstream import JetStreamBus
+from libs.objectstore import ObjectStore
+from services.inference.app import Settings
+from services.inference.tests import stage
+from services.inference.tests.conftest import ROW, Replica, request, started
+from services.inference.tests.stage import DEPLOYED, REGISTERED, Platform, register
+
+CALLER = "00-" + "e" * 32 + "-" + "f" * 16 + "-01"
+
+
+@pytest.fixture
+async def digits(
+    spans: InMemorySpanExporter, replica: Replica, platform: Platform, objects: ObjectStore
+) -> Replica:
+    await platform.place()
+    await platform.deploy(1, await register(objects, 1, 100, stage.digits()))
+    await replica.until_announced(1)
+    return replica
+
+
+def place_of(context: Any) -> str:
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
+
+
+def named(spans: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
+    return [span for span in spans.get_finished_spans() if span.name == name]
+
+
+async def test_a_request_is_one_span_that_continues_the_caller_and_links_its_version(
+    digits: Replica, spans: InMemorySpanExporter
+) -> None:
+    answer = await digits.oip.ModelInfer(request(ROW, id="r"), metadata=(("traceparent", CALLER),))
+    (span,) = [one for one in spans.get_finished_spans() if one.kind is SpanKind.SERVER]
+    (load,) = named(spans, "deployment load")
+    assert span.name == "infer digits"
+    assert span.parent is not None
+    assert place_of(span.parent) == CALLER
+    assert answer.parameters["traceparent"].string_param == place_of(span.context)
+    assert [place_of(link.context) for link in span.links] == [REGISTERED, place_of(load.context)]
+    attributes = dict(span.attributes or {})
+    assert [attributes[f"leptonic.{name}"] for name in ("request_id", "version", "generation")] == [
+        "r", 1, 1,
+    ]  # fmt: skip
+    assert load.parent is not None
+    assert place_of(load.parent) == DEPLOYED
+
+
+async def test_http_continues_the_caller_too(digits: Replica, spans: InMemorySpanExporter) -> None:
+    asked = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": ROW}
+    await digits.http.post(
+        "/v2/models/digits/infer", json={"inputs": [asked]}, headers={"traceparent": CALLER}
+    )
+    (span,) = named(spans, "infer digits")
+    assert span.parent is not None
+    assert place_of(span.parent) == CALLER
+
+
+async def test_spans_are_sampled_and_the_caller_keeps_its_place(
+    spans: InMemorySpanExporter,
+    settings: Settings,
+    bus: JetStreamBus,
+    platform: Platform,
+    objects: ObjectStore,
+) -> None:
+    async with started(replace(settings, trace_percent=25), bus) as replica:
+        await platform.place()
+        await platform.deploy(1, await register(objects, 1, 100, stage.digits()))
+        await replica.until_announced(1)
+        metadata = (("traceparent", CALLER),)
+        answers = [await replica.oip.ModelInfer(request(ROW), metadata=metadata) for _ in range(20)]
+    assert len(named(spans, "infer digits")) == 5
+    places = [answer.parameters["traceparent"].string_param for answer in answers]
+    assert places.count(CALLER) == 15
