@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.console import RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from leptonic import demo as whole_loop
 from leptonic import doctor as machine
@@ -45,7 +46,7 @@ class Session:
         if self.as_json:
             click.echo(json.dumps(value, indent=2))
         else:
-            self.console.print(rendered)
+            self.console.print(rendered, soft_wrap=isinstance(rendered, Text))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -47,6 +47,9 @@ class Sample:
     labels: list[int]
 
 
+NOTHING = Sample([], [])
+
+
 @dataclasses.dataclass
 class Demo:
     """One run of it."""
@@ -58,6 +61,8 @@ class Demo:
     run: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:8])
     """Part of every message id: publishing again is not taken for a repetition."""
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
+    plain: Sample = NOTHING
+    drifted: Sample = NOTHING
 
     def first_round(self) -> None:
         """Steps 1 to 4: apply, publish, follow, predict."""
@@ -65,17 +70,16 @@ class Demo:
         self.until_known(DATASET)
         self.watch.mark("pipeline applied", f"digits.yaml, revision {applied['revision']}")
         self.publish("publishing digits", "--count", str(FIRST_COUNT))
-        deployed = rounds.follow(self.watch, DATASET, MODEL, TRAINING_S)
-        plain = self.held_out()
-        answers = self.measure("held-out digits", plain)
-        if deployed.percent < show.CHAMPION_PERCENT:
-            rounds.promote(self.watch, deployed, MODEL, Traffic(self, plain))
-        self.enough("held-out digits", answers)
+        with self.held_out() as plain, self.held_out("--drift") as drifted:
+            deployed = rounds.follow(self.watch, DATASET, MODEL, TRAINING_S)
+            self.plain, self.drifted = sample_of(plain), sample_of(drifted)
+        self.measure("held-out digits", self.plain)
+        rounds.promote(self.watch, deployed, MODEL, Traffic(self, self.plain))
+        self.enough("held-out digits")
 
     def second_round(self) -> None:
         """Step 5: drift, retrain, canary, promotion."""
-        sample = self.held_out("--drift")
-        self.measure("drifted digits before", sample)
+        self.measure("drifted digits before", self.drifted)
         self.watch.forget()
         self.publish("publishing drifted digits", "--drift", "--count", str(DRIFTED_COUNT))
         found = self.watch.event(
@@ -88,8 +92,9 @@ class Demo:
         numbers = f"{drift['feature']}: psi {drift['psi']:.2f} > {drift['threshold_psi']:.2f}"
         self.watch.mark("drift detected", f"{numbers}, ks {drift['ks']:.2f}", at(found))
         deployed = rounds.follow(self.watch, DATASET, MODEL, TRAINING_S)
-        rounds.promote(self.watch, deployed, MODEL, Traffic(self, sample))
-        self.enough("drifted digits after", self.measure("drifted digits after", sample))
+        rounds.promote(self.watch, deployed, MODEL, Traffic(self, self.drifted))
+        self.measure("drifted digits after", self.drifted)
+        self.enough("drifted digits after")
 
     def until_known(self, dataset: str) -> None:
         """Applying is done when ingest knows the schema: what comes earlier is dead-lettered."""
@@ -103,10 +108,10 @@ class Demo:
         """Runs the stranger's program."""
         script = self.root / "examples" / "publish_digits.py"
         where = ["--nats", self.client.stack.endpoint("nats"), "--run", f"{self.run}-"]
-        said = self.subprocess(stage, [str(script), *where, *options])
+        said = self.output_of(stage, [str(script), *where, *options])
         self.watch.mark("published", said.strip())
 
-    def subprocess(self, doing: str, arguments: list[str]) -> str:
+    def output_of(self, doing: str, arguments: list[str]) -> str:
         self.watch.doing(doing)
         try:
             done = subprocess.run(
@@ -122,14 +127,14 @@ class Demo:
             raise Stalled(f"{doing}: {arguments[0]} ended with {done.returncode}:\n{done.stderr}")
         return done.stdout
 
-    def held_out(self, *options: str) -> Sample:
+    def held_out(self, *options: str) -> "subprocess.Popen[str]":
+        """Reads the digits that are never published, while something else goes on."""
         script = str(self.root / "examples" / "publish_digits.py")
         which = ["--offset", str(HELD_OUT_OFFSET), "--count", str(HELD_OUT_COUNT)]
-        lines = self.subprocess("held-out digits", [script, "--print-records", *which, *options])
-        records = [json.loads(line) for line in lines.splitlines()]
-        return Sample([one["pixels"] for one in records], [one["label"] for one in records])
+        line = [sys.executable, script, "--print-records", *which, *options]
+        return subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
 
-    def measure(self, name: str, sample: Sample) -> list[Answer]:
+    def measure(self, name: str, sample: Sample) -> None:
         """Predicts every row over gRPC, then tells the true labels."""
         self.watch.doing(f"predicting {name}")
         started = time.monotonic()
@@ -141,22 +146,19 @@ class Demo:
         by_version = ", ".join(f"version {v}" for v in sorted({a.version for a in answers}))
         text = f"accuracy {self.accuracy[name]:.4f} of {len(answers)} rows by {by_version}"
         self.watch.mark(name, f"{text}, {1e3 * seconds / len(answers):.1f} ms each")
-        return answers
 
     def feedback(self, answers: list[Answer], labels: list[int]) -> None:
         for answer, label in zip(answers, labels, strict=True):
             self.client.feedback(MODEL, answer.request_id, label)
 
-    def enough(self, name: str, answers: list[Answer]) -> None:
+    def enough(self, name: str) -> None:
         if self.accuracy[name] < ACCURACY_MIN:
-            problem = f"accuracy {self.accuracy[name]:.4f} is less than {ACCURACY_MIN}"
-            raise Stalled(f"{name}: {problem} ({len(answers)} rows)")
+            raise Stalled(f"{name}: accuracy {self.accuracy[name]:.4f} is below {ACCURACY_MIN}")
 
     def told(self) -> dict[str, Any]:
         """Step 6: one more prediction, and the story behind it once it is logged."""
         self.watch.doing("waiting for the trace of a prediction")
-        row = self.held_out("--drift").pixels[0]
-        answer = self.predictor.predict(MODEL, "pixels", row)
+        answer = self.predictor.predict(MODEL, "pixels", self.drifted.pixels[0])
         deadline = time.monotonic() + LOGGED_S
         while True:
             try:
@@ -168,6 +170,14 @@ class Demo:
                 if error.code != "NOT_FOUND" or time.monotonic() > deadline:
                     raise
             time.sleep(0.2)
+
+
+def sample_of(reading: "subprocess.Popen[str]") -> Sample:
+    said, _ = reading.communicate(timeout=PUBLISH_S)
+    if reading.returncode:
+        raise Stalled(f"reading held-out digits ended with {reading.returncode}")
+    records = [json.loads(line) for line in said.splitlines()]
+    return Sample([one["pixels"] for one in records], [one["label"] for one in records])
 
 
 class Traffic:

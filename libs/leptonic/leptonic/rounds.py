@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from leptonic import show
-from leptonic.watch import Stalled, Watch, at, is_kind
+from leptonic.watch import Stalled, Watch, at, is_kind, sentence_of
 
 VERSION_S = 60.0
 PLACED_S = 30.0
@@ -88,9 +88,7 @@ def deploy(
         REGISTERED_S,
         "waiting for the gate",
     )
-    checks = "; ".join(
-        check.get("sentence", show.short(check)) for check in gated["data"]["checks"]
-    )
+    checks = "; ".join(sentence_of(check) for check in gated["data"]["checks"])
     watch.mark("gate passed", checks, at(gated))
     updated = watch.event(
         "deployment.updated",

@@ -1,5 +1,6 @@
 """What the platform answers, as tables on a terminal."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], Any]]
 GOOD = {"succeeded", "serving", "stable", "Healthy", "running", "ready", "ok", "True"}
 BAD = {"failed", "rejected", "Unhealthy", "no", "cancelled", "False"}
+PASSWORD = re.compile(r"password=\S+")
 DIGEST_SHOWN = 12
 DETAIL_SHOWN = 60
 CHAMPION_PERCENT = 100
@@ -203,8 +205,14 @@ def status(row: Row) -> RenderableType:
     processes: list[Column] = [("process", of("name")), ("pid", of("pid"))]
     processes += [("restarts", of("restarts")), ("ready", of("ready"))]
     running = [{"name": name, **one} for name, one in row["processes"].items()]
-    doors = [{"name": n, "url": url, "ready": row["doors"].get(n, "")} for n, url in
-             row["endpoints"].items()]  # fmt: skip
+    doors = [
+        {
+            "name": name,
+            "url": PASSWORD.sub("password=...", url),
+            "ready": row["doors"].get(name, ""),
+        }
+        for name, url in row["endpoints"].items()
+    ]
     columns: list[Column] = [
         ("endpoint", of("name")),
         ("address", of("url")),

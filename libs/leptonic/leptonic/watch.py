@@ -86,7 +86,7 @@ class Watch:
         text = Text(f"{when - self.started_at:6.1f} s  ", style="dim")
         text.append(f"{stage:<34}", style="bold green")
         text.append(f" {when - last:5.1f} s  ", style="green")
-        self.console.print(text.append(detail))
+        self.console.print(text.append(detail), soft_wrap=True)
 
     def event(
         self,
@@ -148,8 +148,9 @@ class Watch:
                 reason = str(data["reason"])[-REASON_SHOWN:]
                 raise Stalled(f"job {data['job']} failed on attempt {data['attempt']}: {reason}")
             if is_kind(one, "model_version.gated") and not data["passed"]:
-                checks = "; ".join(str(show.short(check)) for check in data["checks"])
-                raise Stalled(f"{data['model']} version {data['number']} failed its gate: {checks}")
+                failed = [sentence_of(one) for one in data["checks"] if not one.get("passed")]
+                problem = f"{data['model']} version {data['number']} failed its gate"
+                raise Stalled(f"{problem}: {'; '.join(failed)}")
 
     def diagnosis(self) -> str:
         """What the platform itself says: dead letters, jobs that wait, the last events."""
@@ -166,6 +167,11 @@ class Watch:
         except Error as error:
             yield str(error)
         yield from (f"last event: {show.event_line(one)}" for one in self.seen[-3:])
+
+
+def sentence_of(check: Data) -> str:
+    """A gate's check in words."""
+    return str(check.get("sentence") or show.short(check))
 
 
 def is_kind(event: Data, kind: str) -> bool:
