@@ -55,10 +55,10 @@ class Machine(RuleBasedStateMachine):
         self.placed: list[AttemptPlaced] = []
         self.ended: dict[str, Event] = {}
         self.cancelled: set[str] = set()
-        self.stopped: set[tuple[str, int]] = set()
-        """(node, token) of every order to stop."""
-        self.over: set[tuple[str, int]] = set()
-        """(node, token) of every attempt that ended by itself."""
+        self.stopped: set[tuple[str, str, int]] = set()
+        """(node, job, token) of every order to stop."""
+        self.over: set[tuple[str, str, int]] = set()
+        """(node, job, token) of every attempt that ended by itself."""
 
     # --- the world
 
@@ -81,6 +81,9 @@ class Machine(RuleBasedStateMachine):
         match event:
             case AttemptPlaced():
                 assert event.job not in self.ledger, "two attempts in force"
+                said = self.said_of_nodes[event.node]
+                assert said.health == "Healthy"
+                assert event.kind in said.kinds
                 assert event.job not in self.ended | dict.fromkeys(self.cancelled)
                 assert not self.placed or event.token > self.placed[-1].token
                 earlier = [one.attempt for one in self.placed if one.job == event.job]
@@ -89,7 +92,7 @@ class Machine(RuleBasedStateMachine):
                 self.placed.append(event)
                 self.agents[event.node].add(running_of(event))
             case AttemptStopped():
-                self.stopped.add((event.node, event.token))
+                self.stopped.add((event.node, event.job, event.token))
                 if (held := self.ledger.get(event.job)) and held.token == event.token:
                     del self.ledger[event.job]
             case JobSucceeded() | JobFailed():
@@ -112,13 +115,13 @@ class Machine(RuleBasedStateMachine):
     # --- what may happen
 
     @rule(
-        number=st.integers(0, 30),
+        number=st.integers(0, 9),
         kind=st.sampled_from(KINDS),
         workers=st.integers(1, 3),
         resources=amounts,
         priority=st.integers(-1, 1),
         queue=st.sampled_from(["default", "other"]),
-        attempts_max=st.integers(1, 3),
+        attempts_max=st.sampled_from([1, 3, 5]),
     )
     def submit(
         self,
@@ -165,10 +168,20 @@ class Machine(RuleBasedStateMachine):
     def reboot(self, node: str, keeps: bool) -> None:
         """Another incarnation, which runs nothing or all that the earlier one ran."""
         last = self.said_of_nodes.get(node)
-        if last is not None:
-            if not keeps:
-                self.agents[node].clear()
-            self.beat(node, last.capacity, last.kinds, "Healthy", int(last.incarnation) + 1)
+        if last is None:
+            return
+        if not keeps:
+            self.agents[node].clear()
+        before = len(self.placed)
+        self.beat(node, last.capacity, last.kinds, "Healthy", int(last.incarnation) + 1)
+        for placed in self.placed[:before]:
+            if placed.node == node and self.ledger.get(placed.job) == placed:
+                assert running_of(placed) in self.said_of_nodes[node].running, "lost, not missed"
+
+    @rule(node=st.sampled_from(NODES), token=st.integers(1, 5))
+    def stray(self, node: str, token: int) -> None:
+        """An agent runs what nobody placed."""
+        self.agents[node].add(Running("p", "stranger", 1, token))
 
     def beat(
         self, node: str, capacity: Resources, kinds: list[str], health: str, incarnation: int | str
@@ -197,37 +210,24 @@ class Machine(RuleBasedStateMachine):
     )
     def answer(self, data: st.DataObject, outcome: str) -> None:
         """Of any attempt there ever was, in force or not."""
-        placed = data.draw(st.sampled_from(self.placed[-8:]))
+        placed = data.draw(st.sampled_from(self.placed[-6:]))
         in_force = self.ledger.get(placed.job) == placed
-        about = {
-            "project": "p",
-            "job": placed.job,
-            "attempt": placed.attempt,
-            "token": placed.token,
-            "node": placed.node,
-        }
-        said: list[Event]
         if outcome != "started":
-            self.over.add((placed.node, placed.token))
-        if outcome == "started":
-            said = self.tell(AttemptStarted(**about))
-        elif outcome == "succeeded":
-            said = self.tell(AttemptSucceeded(**about, result={"by": placed.token}))
+            self.over.add((placed.node, placed.job, placed.token))
             self.agents[placed.node].discard(running_of(placed))
-        else:
-            if in_force:
-                del self.ledger[placed.job]
-            failed = AttemptFailed(**about, reason="it broke", retryable=outcome == "fails")
-            said = self.tell(failed)
-            self.agents[placed.node].discard(running_of(placed))
+        if in_force and outcome in ("fails", "breaks"):
+            del self.ledger[placed.job]
+        said = self.tell(answer_of(placed, outcome))
         if not in_force:
             assert said == [], "an old token was listened to"
         elif outcome == "succeeded":
-            assert self.ended[placed.job].result == {"by": placed.token}  # type: ignore[attr-defined]
+            ended = self.ended[placed.job]
+            assert isinstance(ended, JobSucceeded)
+            assert ended.result == {"by": placed.token}
         elif outcome == "breaks":
             assert isinstance(self.ended[placed.job], JobFailed)
 
-    @rule(number=st.integers(0, 32))
+    @rule(number=st.integers(0, 11))
     def cancel(self, number: int) -> None:
         job = f"job-{number}"
         if job not in self.ended:
@@ -264,11 +264,10 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def stops_what_is_not_in_force(self) -> None:
-        in_force = {(placed.node, placed.token) for placed in self.ledger.values()}
+        in_force = {(one.node, one.job, one.token) for one in self.ledger.values()}
         for node, said in self.said_of_nodes.items():
-            assert {
-                (node, one.token) for one in said.running
-            } <= in_force | self.stopped | self.over
+            ran = {(node, one.job, one.token) for one in said.running}
+            assert ran <= in_force | self.stopped | self.over
 
     @invariant()
     def loses_no_job(self) -> None:
@@ -295,6 +294,18 @@ class Machine(RuleBasedStateMachine):
 
 def running_of(placed: AttemptPlaced) -> Running:
     return Running(placed.project, placed.job, placed.attempt, placed.token)
+
+
+def answer_of(placed: AttemptPlaced, outcome: str) -> Stimulus:
+    fields = msgspec.structs.asdict(placed)
+    about = {name: fields[name] for name in ("project", "job", "attempt", "token", "node")}
+    match outcome:
+        case "started":
+            return AttemptStarted(**about)
+        case "succeeded":
+            return AttemptSucceeded(**about, result={"by": placed.token})
+        case _:
+            return AttemptFailed(**about, reason="it broke", retryable=outcome == "fails")
 
 
 TestMachine = Machine.TestCase
