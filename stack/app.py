@@ -17,7 +17,7 @@ from time import monotonic
 
 from libs.settings import SERVICES
 from stack import ports, servers, state
-from stack.ports import LOOPBACK, S3_PORTS, InUse
+from stack.ports import LOOPBACK, InUse
 from stack.process import NotReady, Program
 from stack.state import Locked, Process, Secrets, State
 from stack.supervisor import Supervisor
@@ -111,11 +111,10 @@ def everything(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Pro
 
 
 def servers_and_collector(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Program]:
-    s3_ports = [port[name] for name in S3_PORTS]
     return [
         servers.nats(folder / "nats", port["nats"]),
         servers.postgres(folder / "postgres", port["postgres"], keys.postgres_password),
-        servers.s3(folder / "s3", s3_ports, keys.s3_access_key, keys.s3_secret_key),
+        servers.s3(folder / "s3", port, keys.s3_access_key, keys.s3_secret_key),
         collector(folder / "traces" / "traces.db", port["otlp"], port["traces"]),
     ]
 
@@ -153,7 +152,7 @@ def environment_of(port: Mapping[str, int], keys: Secrets) -> dict[str, str]:
         "LEPTONIC_HOST": LOOPBACK,
         "LEPTONIC_NATS_URL": servers.nats_url(port["nats"]),
         "LEPTONIC_POSTGRES_DSN": servers.postgres_dsn(port["postgres"], keys.postgres_password),
-        "LEPTONIC_S3_ENDPOINT": f"{LOOPBACK}:{port['s3_0']}",
+        "LEPTONIC_S3_ENDPOINT": f"{LOOPBACK}:{port['s3']}",
         "LEPTONIC_S3_ACCESS_KEY": keys.s3_access_key,
         "LEPTONIC_S3_SECRET_KEY": keys.s3_secret_key,
         "LEPTONIC_REGISTRY_GRPC": f"{LOOPBACK}:{port['registry_grpc']}",
@@ -170,7 +169,7 @@ def endpoints(port: Mapping[str, int], keys: Secrets) -> dict[str, str]:
         **{name: port[name] for name in ("inference_http", "inference_metrics", "inference_api")},
         "traces": port["traces"],
     }
-    plain = {"inference_grpc": port["inference_grpc"], "otlp": port["otlp"], "s3": port["s3_0"]}
+    plain = {"inference_grpc": port["inference_grpc"], "otlp": port["otlp"], "s3": port["s3"]}
     return {
         "nats": servers.nats_url(port["nats"]),
         **{name: f"http://{LOOPBACK}:{number}" for name, number in http.items()},

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -25,11 +25,15 @@ DOORS = {
     "scheduler_grpc": 9014,
 }
 """`<component>_<door>` -> its fixed port; a service reads it from LEPTONIC_<name>_PORT."""
-S3_PORTS = tuple(f"s3_{n}" for n in range(10))
-"""The first is the door; the others are the server's own."""
+S3_DOORS = ("s3", "s3_master", "s3_volume", "s3_filer", "s3_admin")
+S3_PORTS = (*S3_DOORS, *(f"{door}_grpc" for door in S3_DOORS))
+"""`s3` is the door; the others are the server's own."""
+GRPC_OFFSET = {"s3_admin_grpc": ("s3_admin", 10_000)}
+"""The server's own worker looks for this one so far above that one, whatever the options say."""
 INNER = ("postgres", "otlp", "traces", *S3_PORTS)
 """Never fixed: nobody outside needs to know them beforehand."""
 FIRST = 20_000
+TRIES_MAX = 1_000
 LOCAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -37,31 +41,49 @@ class InUse(OSError):
     """Somebody else listens where a component must."""
 
 
-def choose(mode: str, previous: Mapping[str, int]) -> dict[str, int]:
-    """Name -> port for every door and every inner port.
+def choose(
+    mode: str, previous: Mapping[str, int], names: Sequence[str] = (*DOORS, *INNER)
+) -> dict[str, int]:
+    """Name -> port for every name.
 
     `mode` is `fixed` or `auto`; what was chosen before and is free is chosen again. Raises
     `InUse`, which names every taken port and its component.
     """
-    fixed = DOORS if mode == "fixed" else {}
+    fixed = {name: DOORS[name] for name in names if name in DOORS and mode == "fixed"}
     taken = [f"port {port}, which {n} needs" for n, port in fixed.items() if not is_free(port)]
     if taken:
         raise InUse(f"in use: {'; '.join(taken)} (--ports auto takes free ones)")
-    names = [name for name in (*DOORS, *INNER) if name not in fixed]
-    again = {n: previous[n] for n in names if n in previous and is_free(previous[n])}
-    missing = [name for name in names if name not in again]
-    fresh = free(len(missing), avoid={*fixed.values(), *again.values()})
-    return {**fixed, **again, **dict(zip(missing, fresh, strict=True))}
+    chosen = dict(fixed)
+    for name in names:
+        if name in chosen or name in GRPC_OFFSET:
+            continue
+        beside = {n: offset for n, (door, offset) in GRPC_OFFSET.items() if door == name}
+        port = find(previous.get(name), chosen.values(), beside.values())
+        chosen[name] = port
+        chosen.update({n: port + offset for n, offset in beside.items()})
+    return chosen
 
 
-def free(count: int, avoid: Collection[int] = ()) -> list[int]:
-    """So many different free ports, below those the kernel hands to outgoing connections."""
-    last = int(LOCAL_RANGE.read_text().split()[0])
-    candidates = [port for port in range(FIRST, last) if port not in avoid]
-    assert candidates, f"{LOCAL_RANGE} leaves no ports from {FIRST}"
-    random.SystemRandom().shuffle(candidates)
-    found = [port for port, _ in zip(filter(is_free, candidates), range(count), strict=False)]
-    assert len(found) == count, f"{len(found)} of {count} ports are free from {FIRST} to {last}"
+def find(previous: int | None, avoid: Collection[int], offsets: Collection[int] = ()) -> int:
+    """A free port, the previous one where that is free, with free ones so far above it.
+
+    Below those the kernel hands to outgoing connections: they would be taken now and then.
+    """
+    last = int(LOCAL_RANGE.read_text().split()[0]) - max(offsets, default=0)
+    for _ in range(TRIES_MAX):
+        port = previous or random.SystemRandom().randrange(FIRST, last)
+        wanted = {port, *(port + offset for offset in offsets)}
+        if not wanted.intersection(avoid) and all(map(is_free, wanted)):
+            return port
+        previous = None
+    raise InUse(f"no free port from {FIRST} to {last} ({LOCAL_RANGE})")
+
+
+def free(count: int) -> list[int]:
+    """So many different free ports."""
+    found: list[int] = []
+    for _ in range(count):
+        found.append(find(None, found))
     return found
 
 

@@ -110,9 +110,9 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its host:port."""
     folder = tmp_path_factory.mktemp("s3")
-    taken = ports.free(len(ports.S3_PORTS))
+    taken = ports.choose("auto", {}, ports.S3_PORTS)
     with serving(servers.s3(folder / "data", taken, ACCESS_KEY, PASSWORD), folder):
-        yield f"{ports.LOOPBACK}:{taken[0]}"
+        yield f"{ports.LOOPBACK}:{taken['s3']}"
 
 
 @pytest_asyncio.fixture

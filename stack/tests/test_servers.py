@@ -29,9 +29,9 @@ def postgres(tmp_path: Path) -> Iterator[tuple[Server, str]]:
 
 @pytest.fixture
 def s3(tmp_path: Path) -> Iterator[tuple[Server, ObjectStore]]:
-    taken = ports.free(len(ports.S3_PORTS))
+    taken = ports.choose("auto", {}, ports.S3_PORTS)
     with serving(servers.s3(tmp_path / "s3", taken, ACCESS_KEY, PASSWORD), tmp_path) as server:
-        address = f"{ports.LOOPBACK}:{taken[0]}"
+        address = f"{ports.LOOPBACK}:{taken['s3']}"
         yield server, ObjectStore(address, ACCESS_KEY, PASSWORD, "kept")
 
 
