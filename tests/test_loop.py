@@ -29,6 +29,7 @@ EDGES = [
 
 PUBLISH_AND_TRACE = """
 import asyncio, json, sys
+from libs import telemetry
 from libs.bus.jetstream import connect
 from tests.running import digits, publish
 
@@ -165,9 +166,9 @@ def test_each_step_is_a_descendant_of_the_step_before(story: dict[str, Any]) -> 
 def test_the_prediction_links_the_version_that_answered(story: dict[str, Any]) -> None:
     spans = {span["span_id"]: span for span in story["spans"]}
     (predicted,) = [s for s in spans.values() if s["trace_id"] == "7" * 32 and s["links"]]
-    (link,) = predicted["links"]
-    assert spans[link["span_id"]]["service"] == "registry"
-    assert spans[link["span_id"]]["trace_id"] == story["published"]
+    followed = [spans[link["span_id"]] for link in predicted["links"]]
+    assert "registry" in {span["service"] for span in followed}
+    assert {span["trace_id"] for span in followed} == {story["published"]}
 
 
 def test_no_span_is_an_orphan(story: dict[str, Any]) -> None:
