@@ -147,8 +147,9 @@ class Database:
                 await bus.publish(
                     row["subject"], bytes(row["payload"]), id=row["event_id"], headers=headers
                 )
-            if rows:
-                await tx.execute("delete from outbox where position <= %s", (rows[-1]["position"],))
+            # By name, not `<=`: a smaller position may have been committed since the select.
+            sent = [row["position"] for row in rows]
+            await tx.execute("delete from outbox where position = any(%s)", (sent,))
         return len(rows)
 
 
