@@ -8,6 +8,7 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from google.api import annotations_pb2
 from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor, ServiceDescriptor
@@ -18,8 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from libs import telemetry
-from libs.doors import Invalid, Refused
+from libs.doors import Exhausted, Invalid, Refused
 
+BODY_BYTES_MAX = 64 << 20
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 JSON_TYPES = {
     FieldDescriptor.TYPE_BOOL: {"type": "boolean"},
@@ -49,17 +51,41 @@ def route(call: Callable[..., Awaitable[Message]], method: MethodDescriptor) -> 
     async def endpoint(request: Request) -> Response:
         parent = request.headers.get("traceparent", "")
         with telemetry.span(f"{verb} {path}", kind=telemetry.SpanKind.SERVER, parent=parent):
-            message = kind()
-            fields = {**request.query_params, **request.path_params}
-            try:
-                if verb != "GET" and (body := await request.body()):
-                    json_format.Parse(body, message)
-                json_format.ParseDict(fields, message)
-            except json_format.ParseError as error:
-                raise Invalid(str(error), "body") from error
-            return json_of(await call(message, None))
+            body = await body_of(request) if verb != "GET" else {}
+            fields = {**body, **request.query_params, **request.path_params}
+            return json_of(await call(message_of(kind, fields), None))
 
     return Route(path, endpoint, methods=[verb])
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """The JSON object of a request; an empty body is an empty object."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_BYTES_MAX:
+            raise Exhausted(f"at most {BODY_BYTES_MAX} bytes", "body")
+    if not body:
+        return {}
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Invalid(f"a JSON object, but: {error}", "body") from error
+
+
+def message_of(kind: type[Message], fields: dict[str, Any]) -> Message:
+    """One field after the other, so that a refusal names the one that is wrong."""
+    message = kind()
+    known = {name for f in kind.DESCRIPTOR.fields for name in (f.name, f.json_name)}
+    for name, value in fields.items():
+        if name not in known:
+            own = ", ".join(field.name for field in kind.DESCRIPTOR.fields)
+            raise Invalid(f"no such field: one of {own}", name)
+        try:
+            json_format.ParseDict({name: value}, message)
+        except json_format.ParseError as error:
+            raise Invalid(str(error), name) from error
+    return message
 
 
 def json_of(message: Message) -> Response:
