@@ -257,6 +257,8 @@ def is_name(name: str) -> bool:
 def check_schema(dataset: Dataset) -> None:
     for name, field in dataset.schema.items():
         path = f"$.dataset.schema.{name}"
+        if name.startswith("_"):
+            raise Invalid(path, "names that begin with '_' are the platform's own")
         if field.type not in TYPES:
             raise Invalid(f"{path}.type", f"unknown type {field.type!r}: one of {', '.join(TYPES)}")
         if field.role not in ROLES:

@@ -227,23 +227,23 @@ async def test_two_replicas_with_the_same_messages_land_them_once(
 async def test_records_wait_while_s3_is_away(
     bus: JetStreamBus, db: Database, tmp_path: Path
 ) -> None:
-    taken = ports.free(len(ports.S3_PORTS))
+    taken = ports.choose("auto", {}, ports.S3_PORTS)
     server = Server(servers.s3(tmp_path / "s3", taken, "key", "secret-key"), tmp_path / "s3.log")
     await server.start()
-    objects = ObjectStore(f"{ports.LOOPBACK}:{taken[0]}", "key", "secret-key", "parts")
+    objects = ObjectStore(f"{ports.LOOPBACK}:{taken['s3']}", "key", "secret-key", "parts")
     await objects.create_bucket()
     landing = Landing(bus, db, objects)
     task = asyncio.create_task(landing.run())
     try:
         await bus.publish(DIGITS.subject, message(digit(1)), id="before")
-        await eventually(lambda: landed(db, 1))
+        await eventually(lambda: landed(db, 1), timeout_s=40)
         await server.kill()
         for number in range(2, 6):
             await bus.publish(DIGITS.subject, message(digit(number)), id=f"during-{number}")
         await eventually(lambda: landing.retrying)
         assert await landed(db, 1)
         await server.start()
-        await eventually(lambda: landed(db, 5), timeout_s=30)
+        await eventually(lambda: landed(db, 5), timeout_s=60)
         assert [label for _, _, label in await rows_of(db, objects)] == [1, 2, 3, 4, 5]
         assert landing.retrying == 0
         await landing.drain()

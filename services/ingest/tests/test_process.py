@@ -92,7 +92,7 @@ async def test_every_acked_record_lands_once_although_the_service_is_killed(
 ) -> None:
     async with run() as (process, _):
         publishing = asyncio.create_task(publish_all(bus))
-        await eventually(lambda: some_landed(db))
+        await eventually(lambda: some_landed(db), timeout_s=30)
         process.kill()
         acked = await publishing
     async with run() as (process, url):
