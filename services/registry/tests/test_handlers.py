@@ -5,7 +5,10 @@ import json
 import msgspec
 import psycopg
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 
+from libs import telemetry
 from libs.bus import DEAD_LETTERS
 from libs.contracts.events import (
     DeploymentObserved,
@@ -235,6 +238,20 @@ async def test_results_that_belong_to_no_pipeline_are_refused(desk: Desk) -> Non
     with pytest.raises(Refused, match="trains 'digits', not 'letters'"):
         await desk.handle(await desk.trained("job-2", model="letters"), "e2")
     assert await desk.versions() == []
+
+
+async def test_a_version_remembers_the_trace_of_its_registration(desk: Desk) -> None:
+    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+        trace.set_tracer_provider(TracerProvider())
+    await desk.apply()
+    with telemetry.span("the bus loop", parent=""):
+        trace_id = telemetry.current().split("-")[1]
+        await desk.handle(await desk.trained("job-1"), "e1")
+    (version,) = await desk.versions()
+    assert version.traceparent.split("-")[1] == trace_id
+    assert (await desk.deployment()).targets[0].traceparent == version.traceparent
+    (updated,) = [e for e in await desk.emitted() if isinstance(e, DeploymentUpdated)]
+    assert updated.targets[0].traceparent == version.traceparent
 
 
 async def test_a_version_never_changes(desk: Desk) -> None:

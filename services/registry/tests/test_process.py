@@ -114,4 +114,3 @@ async def test_what_was_committed_before_a_crash_is_published_after_the_restart(
         assert await eventually(lambda: events(bus)) == kept
     async with running(environment):
         assert await events(bus) == kept, "and only once"
-
