@@ -13,19 +13,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic
+from typing import IO
 
 from libs.settings import SERVICES
 from stack import ports, servers, state
+from stack.guard import guarded
 from stack.ports import LOOPBACK, InUse
 from stack.process import NotReady, Program
 from stack.state import Locked, Process, Secrets, State
 from stack.supervisor import Supervisor
 
 SERVERS = ("nats", "postgres", "s3")
-DYING_S = 5.0
-"""How long the processes of a killed stack may hold its ports."""
-DYING_POLL_S = 0.05
 PYTHON = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONUNBUFFERED": "1"}
 """Compiling its imports again is half of a service's start: 2.4 s of 2 to 4 (2 cores, loaded)."""
 
@@ -44,9 +42,19 @@ def main(arguments: Sequence[str] | None = None, table: Table | None = None) -> 
     folder = given.data_dir.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        with state.locked(folder):
-            asyncio.run(up(folder, given.ports, table or everything))
-    except (Locked, InUse, NotReady) as error:
+        with state.locked(folder) as lock:
+            return guarded(lambda: supervise(folder, given.ports, table or everything, lock))
+    except Locked as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def supervise(folder: Path, mode: str, table: Table, lock: IO[str]) -> int:
+    """Returns the exit code."""
+    state.sign(lock)
+    try:
+        asyncio.run(up(folder, mode, table))
+    except (InUse, NotReady) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
@@ -55,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, table: Table | None = None) -> 
 async def up(folder: Path, mode: str, table: Table) -> None:
     """Runs until SIGTERM or SIGINT."""
     known = state.load(folder)
-    known.ports = await choose_ports(mode, known)
+    known.ports = ports.choose(mode, known.ports)
     programs = table(folder, known.ports, known.secrets)
     known.endpoints = endpoints(known.ports, known.secrets)
     stop = asyncio.Event()
@@ -92,18 +100,6 @@ def told(known: State, folder: Path) -> Iterator[None]:
         known.pid = None
         known.processes = {}
         state.save(known, folder)
-
-
-async def choose_ports(mode: str, known: State) -> dict[str, int]:
-    """Waits for the ports of a stack that was killed a moment ago. Raises `InUse`."""
-    deadline = monotonic() + (DYING_S if known.pid is not None else 0.0)
-    while True:
-        try:
-            return ports.choose(mode, known.ports)
-        except InUse:
-            if monotonic() >= deadline:
-                raise
-            await asyncio.sleep(DYING_POLL_S)
 
 
 def everything(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Program]:

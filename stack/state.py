@@ -6,11 +6,15 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic, sleep
+from typing import IO
 
 import msgspec
 
 FILE = "stack.json"
 LOCK = "lock"
+DYING_S = 15.0
+DYING_POLL_S = 0.05
 
 
 class Locked(OSError):
@@ -64,17 +68,38 @@ def save(state: State, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; the kernel lets go when it ends. Raises `Locked`."""
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Holds the folder for this process and what it forks; the kernel lets go when they ended.
+
+    Waits for a holder that was killed and whose processes are being ended. Raises `Locked`.
+    """
     with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        deadline = monotonic() + DYING_S
+        while not is_taken(file):
             file.seek(0)
-            holder = file.read().strip() or "unknown"
-            problem = f"a stack already runs on {folder} (pid {holder}); `leptonic down` stops it"
-            raise Locked(problem) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+            holder = file.read().strip()
+            if is_alive(holder) or monotonic() > deadline:
+                told = f"a stack already runs on {folder} (pid {holder or 'unknown'})"
+                raise Locked(f"{told}; `leptonic down` stops it")
+            sleep(DYING_POLL_S)
+        yield file
+
+
+def is_taken(file: IO[str]) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_alive(pid: str) -> bool:
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+
+
+def sign(lock: IO[str]) -> None:
+    """Others learn that we hold it."""
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()

@@ -3,10 +3,7 @@ stops them in the opposite order, and leaves nothing behind.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import logging
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -14,19 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
-import psutil
-
-from stack import process
+from stack import guard, process
 from stack.process import NotReady, Program
 
 log = logging.getLogger(__name__)
-PR_SET_CHILD_SUBREAPER = 36
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 STEADY_S = 30.0
 """Up for so long, a program's next failure is its first again."""
-SWEEP_S = 5.0
-SWEEP_POLL_S = 0.02
 
 
 @dataclass
@@ -66,7 +58,7 @@ class Supervisor:
 
         Raises `NotReady` when a program is not ready `process.READY_S` after the start.
         """
-        adopt_orphans()
+        guard.adopt_orphans()
         begun = monotonic()
         keepers = [asyncio.create_task(self.keep(m, begun)) for m in self.members.values()]
         starting = asyncio.create_task(self.started(begun))
@@ -159,27 +151,14 @@ class Supervisor:
 
         Not while something is being prepared: that has children which are nobody's orphans.
         """
-        deadline = monotonic() + SWEEP_S
-        while not self.preparing and (strays := self.strays()):
-            for stray in strays:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(stray, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(stray, os.WNOHANG)  # noqa: ASYNC222 (WNOHANG)
-            if monotonic() > deadline:
-                log.warning("processes %s did not end in %s s", strays, SWEEP_S)
-                return
-            await asyncio.sleep(SWEEP_POLL_S)
-
-    def strays(self) -> list[int]:
+        deadline = monotonic() + guard.SWEEP_S
         own = {m.running.pid for m in self.members.values() if m.running is not None}
-        return [child.pid for child in psutil.Process().children() if child.pid not in own]
-
-
-def adopt_orphans() -> None:
-    """What a killed program leaves becomes our child, instead of init's."""
-    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
-        raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
+        while not self.preparing and (strays := guard.children(besides=own)):
+            guard.end(strays)
+            if monotonic() > deadline:
+                log.warning("processes %s did not end in %s s", strays, guard.SWEEP_S)
+                return
+            await asyncio.sleep(guard.POLL_S)
 
 
 def backoff_s(failures: int) -> float:

@@ -75,7 +75,7 @@ def assert_all_end(processes: list[psutil.Process]) -> None:
 async def test_up_tells_where_everything_is_and_down_leaves_nothing(tmp_path: Path) -> None:
     with up(tmp_path) as process:
         told = state(tmp_path)
-        assert told["pid"] == process.pid
+        assert psutil.Process(told["pid"]).ppid() == process.pid
         assert {n for n, p in told["processes"].items() if p["ready"] and not p["restarts"]} == {
             *("nats", "postgres", "s3", "collector")
         }
@@ -109,13 +109,24 @@ async def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
 async def test_nothing_is_left_of_a_killed_supervisor_and_it_starts_again(tmp_path: Path) -> None:
     with up(tmp_path) as process:
         started = family(process)
-        process.kill()
-        process.wait()
-        assert_all_end(started)
         before = state(tmp_path)
-    with up(tmp_path) as process:
-        assert state(tmp_path)["ports"] == before["ports"]
-        assert state(tmp_path)["pid"] == process.pid
+        os.kill(before["pid"], signal.SIGKILL)
+        with up(tmp_path):
+            assert process.wait(ENDS_S) == 128 + signal.SIGKILL
+            assert_all_end(started)
+            assert state(tmp_path)["ports"] == before["ports"]
+
+
+@pytest.mark.parametrize("of", ["the supervisor", "its guard"])
+async def test_a_kill_leaves_not_even_a_child_in_a_session_of_its_own(
+    tmp_path: Path, of: str
+) -> None:
+    with up(tmp_path, "tables.leaving_strays") as process:
+        started = family(process)
+        assert int((tmp_path / "stray").read_text()) in [one.pid for one in started]
+        pid = process.pid if of == "its guard" else state(tmp_path)["pid"]
+        os.kill(pid, signal.SIGKILL)
+        assert_all_end(started)
 
 
 async def test_a_second_stack_on_one_folder_names_the_first(tmp_path: Path) -> None:
@@ -124,7 +135,7 @@ async def test_a_second_stack_on_one_folder_names_the_first(tmp_path: Path) -> N
         second = launch(tmp_path, "tables.leaving_strays")
         output, _ = second.communicate(timeout=ENDS_S)
         assert second.returncode == 1
-        assert f"already runs on {tmp_path} (pid {process.pid})" in output
+        assert f"already runs on {tmp_path} (pid {state(tmp_path)['pid']})" in output
         assert (tmp_path / "stack.json").read_bytes() == told
         assert process.poll() is None
 
