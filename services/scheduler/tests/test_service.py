@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import psycopg
 import pytest
 
 from libs.bus import EVENTS
@@ -235,6 +236,27 @@ async def test_a_silent_node_is_lost_and_its_job_goes_elsewhere(service: Service
 
 async def is_on(service: Service, job: str, node: str) -> bool:
     return bool((await service.job(job)).get("node") == node)
+
+
+async def test_it_leads_again_after_postgres_dropped_it(
+    service: Service, postgres_dsn: str
+) -> None:
+    async with beating(Agent(service.bus, "n")):
+        first = running(service).pid
+        others = "select pg_terminate_backend(pid) from pg_stat_activity where pid in ({})"
+        mine = (
+            "select pid from pg_stat_activity "
+            "where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        async with await psycopg.AsyncConnection.connect(postgres_dsn) as connection:
+            await connection.execute(others.format(mine).encode())
+        await service.publish(request("j"))
+        assert (await service.placed("j")).attempt == 1
+        log = service.server.log
+        await eventually(lambda: log.read_text().count('"message": "leads"') == 2, timeout_s=30)
+        await eventually(service.is_ready)
+        assert running(service).pid == first
+        assert running(service).poll() is None
 
 
 async def test_doors_refuse_with_the_field_and_stay_open(service: Service) -> None:
