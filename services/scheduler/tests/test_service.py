@@ -15,6 +15,7 @@ import pytest
 
 from libs.bus import EVENTS
 from libs.bus.jetstream import JetStreamBus
+from libs.bus.loop import ACK_WAIT_S
 from libs.contracts.events import (
     AttemptPlaced,
     AttemptStarted,
@@ -34,6 +35,8 @@ from stack.testing import Server, eventually
 
 TRACE = "00-{:032x}-00f067aa0ba902b7-01"
 BEAT_S = 0.2
+REDELIVERED_S = ACK_WAIT_S + 20
+"""What the killed process had been handed and not acked comes again after the ack wait."""
 
 
 class Agent:
@@ -203,14 +206,14 @@ async def test_killed_in_mid_run_it_goes_on_where_it_was(service: Service) -> No
         assert [job["state"] for job in before["jobs"]] == ["running", "waiting"]
         await service.server.kill()
         await service.publish(AttemptSucceeded(**about(placed)))
-        await service.publish(request("while-away"))
+        await service.publish(request("while-away", workers=2))
         agent.running = []
         await service.server.start()
-        after = await eventually(lambda: ended(service, "runs"))
+        after = await eventually(lambda: ended(service, "runs"), REDELIVERED_S)
         assert after["state"] == "succeeded"
         assert after["attempt"] == 1, "its node was not taken for lost"
         assert (await service.placed("waits")).token == placed.token + 1
-        assert await service.state("while-away") == "waiting"
+        await eventually(lambda: is_state(service, "while-away", "waiting"), REDELIVERED_S)
     assert len(await service.said(JobSucceeded)) == 1
 
 
