@@ -26,6 +26,7 @@ MESSAGE_BYTES_MAX = 64 << 20
 DRAIN_S = 4.0
 """For each door; one after the other they stay within the 10 s a service has to end."""
 READY_POLL_S = 1.0
+CANCEL_AGAIN_S = 0.5
 
 Ready = Callable[[], Awaitable[bool]]
 
@@ -198,5 +199,14 @@ async def background(*jobs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
+            await cancelled(tasks)
+
+
+async def cancelled(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Cancels until all are done: `asyncio.wait_for` of Python 3.11 loses a cancellation that
+    comes together with its result."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
