@@ -78,7 +78,7 @@ def wait_ready(
     process: "subprocess.Popen[bytes]",
     timeout_s: float = READY_S,
 ) -> stackfile.Stack:
-    """Until the stack's own file names this process and says that all its programs are ready."""
+    """Until the file of the stack that this process guards says that every program is ready."""
     deadline = time.monotonic() + timeout_s
     path = data_dir / stackfile.FILE
     while time.monotonic() < deadline:
@@ -86,7 +86,7 @@ def wait_ready(
             raise Error(f"the stack ended with {process.returncode}:\n{log_tail(data_dir)}")
         with contextlib.suppress(Error):  # not written yet
             stack = stackfile.read(path)
-            if stack.pid == process.pid and stack.is_up:
+            if stackfile.is_alive(stack.pid) and stack.is_up:
                 return stack
         time.sleep(POLL_S)
     raise Error(f"the stack was not ready within {timeout_s:.0f} s:\n{log_tail(data_dir)}")
