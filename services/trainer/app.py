@@ -1,0 +1,124 @@
+"""The trainer, wired: settings, connections, the agent, Ray behind it, two doors, the drain."""
+
+import asyncio
+import contextlib
+import os
+import uuid
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import grpc
+from msgspec import Meta
+
+from libs import database, telemetry
+from libs.bus import Bus, jetstream, loop
+from libs.contracts.events import Resources
+from libs.contracts.protos import trainer_pb2, trainer_pb2_grpc
+from libs.database import TRANSIENT, Database
+from libs.doors.serve import background, grpc_door, http_app, http_door, until_stopped
+from libs.objectstore import ObjectStore
+from libs.settings import Common
+from services.trainer import session
+from services.trainer.agent import Agent
+from services.trainer.champion import Registry
+from services.trainer.handlers import HANDLERS, Context
+from services.trainer.server import Trainer
+from services.trainer.store import MIGRATIONS
+
+SERVICE = trainer_pb2.DESCRIPTOR.services_by_name["Trainer"]
+CPUS = os.cpu_count() or 1
+
+
+class Settings(Common, frozen=True, kw_only=True):
+    http_port: Annotated[int, Meta(description="the trainer's HTTP JSON door")] = 8012
+    grpc_port: Annotated[int, Meta(description="the trainer's gRPC door")] = 9012
+    node: Annotated[str, Meta(description="this node's name; unique")] = "trainer"
+    cpu_milli: Annotated[int, Meta(description="CPU offered to the scheduler")] = CPUS * 1000
+    memory_mib: Annotated[int, Meta(description="memory offered to the scheduler")] = 4096
+    pool_workers: Annotated[int, Meta(ge=1, le=16, description="workers kept warm")] = 2
+    recipes_path: Annotated[str, Meta(description="folder with users' recipe modules")] = ""
+
+
+async def main(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT; what trains then is resumed from its last checkpoint."""
+    with telemetry.start("trainer", settings.otlp_endpoint, settings.log_level):
+        async with contextlib.AsyncExitStack() as stack:
+            db = await stack.enter_async_context(
+                database.connect(settings.postgres_dsn, "trainer", MIGRATIONS)
+            )
+            bus = await stack.enter_async_context(
+                jetstream.connect(settings.nats_url, settings.nats_token, settings.node)
+            )
+            await stack.enter_async_context(serving(settings, db, bus))
+            await until_stopped()
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[Agent]:
+    """Ready before Ray is: until then the node says that it is initializing."""
+    async with contextlib.AsyncExitStack() as stack:
+        objects = ObjectStore(
+            settings.s3_endpoint,
+            settings.s3_access_key,
+            settings.s3_secret_key,
+            settings.s3_bucket,
+            settings.s3_secure,
+        )
+        await objects.create_bucket()
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(settings.registry_grpc))
+        agent = Agent(
+            db,
+            bus,
+            Registry(channel),
+            settings.node,
+            uuid.uuid4().hex,
+            Resources(settings.cpu_milli, settings.memory_mib),
+        )
+        folder = stack.enter_context(session.opened())
+        servicer = Trainer(db)
+        await stack.enter_async_context(background(db.relay(bus), warm(settings, agent, folder)))
+        await stack.enter_async_context(agent.running())
+        context = Context(db, objects, agent)
+        handling = loop.run(bus, settings.node, HANDLERS, context, TRANSIENT)
+        await stack.enter_async_context(background(handling))
+        await stack.enter_async_context(doors(settings, servicer, db))
+        yield agent
+
+
+@contextlib.asynccontextmanager
+async def doors(settings: Settings, servicer: Trainer, db: Database) -> AsyncIterator[None]:
+    def add(server: grpc.aio.Server) -> None:
+        trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, server)
+
+    app = http_app("Leptonic trainer", [(servicer, SERVICE)], db.ready)
+    async with (
+        grpc_door(settings.host, settings.grpc_port, add, [SERVICE], db.ready),
+        http_door(settings.host, settings.http_port, app),
+    ):
+        yield
+
+
+async def warm(settings: Settings, agent: Agent, folder: str) -> None:
+    """Starts Ray and its pool beside everything else, and keeps them until cancelled."""
+    setup, started = await asyncio.to_thread(load_engine, settings)
+    cpus = max(1, settings.cpu_milli // 1000)
+    async with started(setup, settings.pool_workers, cpus, folder) as engine:
+        agent.engine.set_result(engine)
+        await asyncio.get_running_loop().create_future()
+
+
+def load_engine(settings: Settings):  # type: ignore[no-untyped-def]
+    """Torch and Ray take 4 s to import, and Ray reads its environment when it is: so late."""
+    from services.trainer import engine, ray_job, worker
+
+    storage = worker.Storage(
+        settings.s3_endpoint,
+        settings.s3_access_key,
+        settings.s3_secret_key,
+        settings.s3_bucket,
+        settings.s3_secure,
+    )
+    setup = ray_job.Setup(
+        storage, settings.otlp_endpoint, settings.log_level, settings.recipes_path
+    )
+    return setup, engine.started

@@ -1,0 +1,46 @@
+"""What has to be there before Ray is imported: its environment, its folder, its reaper."""
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+MARK = "RAY_OF_TRAINER"
+REAPER = Path(__file__).with_name("reaper.py")
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[str]:
+    """Ray's folder: short, since Ray's sockets lie below it and the path of one has 107 bytes.
+
+    Nothing of Ray outlives this process, however it ends: see `reaper.py`, which runs in a session
+    of its own so that what kills our process group does not kill it first.
+    """
+    folder = tempfile.mkdtemp(prefix="lt-")
+    mark = f"{MARK}={secrets.token_hex(16)}"
+    os.environ.update(ENVIRONMENT)
+    os.environ[MARK] = mark.removeprefix(f"{MARK}=")
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    command = [sys.executable, "-I", "-S", str(REAPER), mark, folder]
+    environment = {name: value for name, value in os.environ.items() if name != MARK}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, start_new_session=True, env=environment
+    ) as process:
+        assert process.stdin is not None
+        try:
+            yield folder
+        finally:
+            process.stdin.close()
