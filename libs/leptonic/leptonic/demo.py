@@ -30,7 +30,6 @@ HELD_OUT_OFFSET = 1500
 HELD_OUT_COUNT = 297
 """The digits from 1,500 to the last: never published."""
 ACCURACY_MIN = 0.9
-KNOWN_S = 15.0
 PUBLISH_S = 60.0
 TRAINING_S = 90.0
 DRIFT_S = 60.0
@@ -67,7 +66,7 @@ class Demo:
     def first_round(self) -> None:
         """Steps 1 to 4: apply, publish, follow, predict."""
         applied = self.client.apply(self.root / "examples" / "digits.yaml")
-        self.until_known(DATASET)
+        rounds.until_known(self.client, DATASET)
         self.watch.mark("pipeline applied", f"digits.yaml, revision {applied['revision']}")
         self.publish("publishing digits", "--count", str(FIRST_COUNT))
         with self.held_out() as plain, self.held_out("--drift") as drifted:
@@ -96,36 +95,13 @@ class Demo:
         self.measure("drifted digits after", self.drifted)
         self.enough("drifted digits after")
 
-    def until_known(self, dataset: str) -> None:
-        """Applying is done when ingest knows the schema: what comes earlier is dead-lettered."""
-        deadline = time.monotonic() + KNOWN_S
-        while dataset not in [one["dataset"] for one in self.client.datasets()]:
-            if time.monotonic() > deadline:
-                raise Stalled(f"ingest does not know {dataset!r} {KNOWN_S:.0f} s after the apply")
-            time.sleep(0.05)
-
     def publish(self, stage: str, *options: str) -> None:
         """Runs the stranger's program."""
         script = self.root / "examples" / "publish_digits.py"
         where = ["--nats", self.client.stack.endpoint("nats"), "--run", f"{self.run}-"]
-        said = self.output_of(stage, [str(script), *where, *options])
+        self.watch.doing(stage)
+        said = rounds.output_of([str(script), *where, *options], PUBLISH_S)
         self.watch.mark("published", said.strip())
-
-    def output_of(self, doing: str, arguments: list[str]) -> str:
-        self.watch.doing(doing)
-        try:
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                capture_output=True,
-                text=True,
-                timeout=PUBLISH_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise Stalled(f"{doing}: {arguments[0]} took longer than {PUBLISH_S:.0f} s") from error
-        if done.returncode:
-            raise Stalled(f"{doing}: {arguments[0]} ended with {done.returncode}:\n{done.stderr}")
-        return done.stdout
 
     def held_out(self, *options: str) -> "subprocess.Popen[str]":
         """Reads the digits that are never published, while something else goes on."""
@@ -138,10 +114,10 @@ class Demo:
         """Predicts every row over gRPC, then tells the true labels."""
         self.watch.doing(f"predicting {name}")
         started = time.monotonic()
-        answers = [self.predictor.predict(MODEL, "pixels", row) for row in sample.pixels]
+        answers = [self.predictor.predict(MODEL, "pixels", [row]) for row in sample.pixels]
         seconds = time.monotonic() - started
         self.feedback(answers, sample.labels)
-        right = sum(a.label == label for a, label in zip(answers, sample.labels, strict=True))
+        right = sum(a.labels == [label] for a, label in zip(answers, sample.labels, strict=True))
         self.accuracy[name] = right / len(answers)
         by_version = ", ".join(f"version {v}" for v in sorted({a.version for a in answers}))
         text = f"accuracy {self.accuracy[name]:.4f} of {len(answers)} rows by {by_version}"
@@ -158,7 +134,7 @@ class Demo:
     def told(self) -> dict[str, Any]:
         """Step 6: one more prediction, and the story behind it once it is logged."""
         self.watch.doing("waiting for the trace of a prediction")
-        answer = self.predictor.predict(MODEL, "pixels", self.drifted.pixels[0])
+        answer = self.predictor.predict(MODEL, "pixels", self.drifted.pixels[:1])
         deadline = time.monotonic() + LOGGED_S
         while True:
             try:
@@ -192,7 +168,7 @@ class Traffic:
         rows = [(self.next + n) % len(self.sample.labels) for n in range(CANARY_BATCH)]
         self.next += CANARY_BATCH
         answers = [
-            self.demo.predictor.predict(MODEL, "pixels", self.sample.pixels[n]) for n in rows
+            self.demo.predictor.predict(MODEL, "pixels", [self.sample.pixels[n]]) for n in rows
         ]
         self.demo.feedback(answers, [self.sample.labels[n] for n in rows])
 

@@ -12,11 +12,11 @@ TIMEOUT_S = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One row's label, and which version gave it."""
+    """The most likely label of every row, and which version gave them."""
 
     request_id: str
     version: str
-    label: int
+    labels: list[int]
 
 
 class Predictor:
@@ -45,9 +45,9 @@ class Predictor:
     ) -> None:
         self.client.close()
 
-    def predict(self, model: str, name: str, row: Any, datatype: str = "FP32") -> Answer:
-        """One row of one input -> its most likely label."""
-        values = self.numpy.asarray([row], self.triton.triton_to_np_dtype(datatype))
+    def predict(self, model: str, name: str, rows: Any, datatype: str = "FP32") -> Answer:
+        """Rows of one input, in one request."""
+        values = self.numpy.asarray(rows, self.triton.triton_to_np_dtype(datatype))
         tensor = self.triton.InferInput(name, list(values.shape), datatype)
         tensor.set_data_from_numpy(values)
         request_id = uuid.uuid4().hex
@@ -57,5 +57,5 @@ class Predictor:
             )
         except self.triton.InferenceServerException as error:
             raise Error(f"inference at {self.address}: {error}") from error
-        label = int(answer.as_numpy("label")[0])
-        return Answer(request_id, answer.get_response().model_version, label)
+        labels = [int(label) for label in answer.as_numpy("label")]
+        return Answer(request_id, answer.get_response().model_version, labels)

@@ -1,10 +1,14 @@
 """One round of the loop, followed: landed records -> version -> job -> model -> deployment."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from leptonic import show
+from leptonic.client import Client
 from leptonic.watch import Stalled, Watch, at, is_kind, sentence_of
 
 VERSION_S = 60.0
@@ -12,6 +16,8 @@ PLACED_S = 30.0
 REGISTERED_S = 30.0
 DEPLOYED_S = 30.0
 PROMOTED_S = 60.0
+KNOWN_S = 15.0
+KNOWN_POLL_S = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,3 +152,24 @@ def serves_alone(watch: Watch, ready: Any, number: int) -> bool:
     updates = [one["data"] for one in watch.seen if is_kind(one, "deployment.updated")]
     alone = {number: show.CHAMPION_PERCENT}
     return any(one["generation"] == ready["generation"] and shares(one) == alone for one in updates)
+
+
+def until_known(client: Client, dataset: str) -> None:
+    """Applying is done when ingest knows the schema: what comes earlier is dead-lettered."""
+    deadline = time.monotonic() + KNOWN_S
+    while dataset not in [one["dataset"] for one in client.datasets()]:
+        if time.monotonic() > deadline:
+            raise Stalled(f"ingest does not know {dataset!r} {KNOWN_S:.0f} s after the apply")
+        time.sleep(KNOWN_POLL_S)
+
+
+def output_of(arguments: Sequence[str], timeout_s: float) -> str:
+    """Runs a stranger's Python program; returns what it printed."""
+    line = [sys.executable, *arguments]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Stalled(f"{arguments[0]} took longer than {timeout_s:.0f} s") from error
+    if done.returncode:
+        raise Stalled(f"{arguments[0]} ended with {done.returncode}:\n{done.stderr.strip()}")
+    return done.stdout

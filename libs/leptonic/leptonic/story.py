@@ -1,7 +1,8 @@
-"""A story as a tree: one trace's spans, and under each link the trace it came from.
+"""A story as a tree: one trace, then every trace it came from, then what came of it.
 
 Read downwards from a prediction one comes to the registration of its model, the training run, the
-dataset version and the publishes of its records.
+dataset version and the publishes of its records. A span says which traces it links to, by the
+first digits of their ids; each trace is drawn once, in a section of its own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +14,10 @@ from rich.tree import Tree
 Span = Mapping[str, Any]
 SIBLINGS_MAX = 3
 """Spans of one name and service below one parent that are drawn before they are counted."""
-TRACES_MAX = 8
-"""Traces that one span came from, or led to, that are drawn before they are counted."""
+ALIKE_MAX = 2
+"""Traces with the same beginnings that are drawn before they are counted."""
+LINKS_SHOWN = 3
+ID_SHOWN = 8
 ATTRIBUTES_SHOWN = (
     "leptonic.dataset", "leptonic.rows", "leptonic.model", "leptonic.version", "leptonic.job",
     "rows", "dataset", "model", "version", "job", "number", "epoch",
@@ -30,8 +33,7 @@ class Story:
         self.by_id = {(span["trace_id"], span["span_id"]): span for span in self.spans}
         self.children: dict[tuple[str, str], list[Span]] = {}
         self.roots: dict[str, list[Span]] = {}
-        self.results: dict[str, list[str]] = {}
-        self.drawn: set[str] = set()
+        self.sources: dict[str, list[str]] = {}
         for span in self.spans:
             self.place(span)
 
@@ -41,74 +43,97 @@ class Story:
             self.children.setdefault(parent, []).append(span)
         else:
             self.roots.setdefault(trace, []).append(span)
-        for link in span["links"]:
-            led_to = self.results.setdefault(link["trace_id"], [])
-            if link["trace_id"] != trace and trace not in led_to:
-                led_to.append(trace)
+        self.sources.setdefault(trace, []).extend(sources_of(span))
 
-    def draw_trace(self, branch: Tree, trace: str, label: str) -> None:
-        """A trace's spans below a line that names it; only mentioned where it is drawn already."""
-        head = Text(f"{label} ", style="cyan")
-        head.append(trace, style="dim")
-        if trace in self.drawn or trace not in self.roots:
-            known = "above" if trace in self.drawn else "not stored"
-            branch.add(head.append(f" ({known})", style="dim"))
+    def came_from(self, trace: str) -> list[str]:
+        """Every trace that links lead to from this one, the nearest first."""
+        found = [trace]
+        for one in found:
+            fresh = (source for source in self.sources.get(one, []) if source not in found)
+            found += dict.fromkeys(fresh)
+        return found[1:]
+
+    def draw_traces(self, root: Tree, traces: Sequence[str], label: str) -> None:
+        """A section each; of those that look alike only the first few."""
+        alike: dict[str, int] = {}
+        for trace in traces:
+            look = " ".join(title(span) for span in self.roots.get(trace, []))
+            alike[look] = alike.get(look, 0) + 1
+            if self.everything or alike[look] <= ALIKE_MAX:
+                self.draw_trace(root, trace, label)
+        for look, count in alike.items():
+            if count > ALIKE_MAX and not self.everything:
+                text = f"{label} {count - ALIKE_MAX} more traces of {look or 'no stored span'}"
+                root.add(Text(text, style="dim"))
+
+    def draw_trace(self, root: Tree, trace: str, label: str) -> None:
+        head = Text(f"{label} ", style="cyan", no_wrap=True)
+        head.append(trace, style="bold cyan")
+        if trace not in self.roots:
+            root.add(head.append(" (not stored)", style="dim"))
             return
-        self.drawn.add(trace)
         start = min(span["start_ns"] for span in self.roots[trace])
-        self.draw_spans(branch.add(head), self.roots[trace], start)
+        self.draw_spans(root.add(head), self.roots[trace], start)
 
     def draw_spans(self, branch: Tree, spans: Sequence[Span], start_ns: int) -> None:
-        shown: dict[tuple[str, str], int] = {}
-        left_out: dict[tuple[str, str], list[Span]] = {}
+        left_out: dict[str, list[Span]] = {}
+        shown: dict[str, int] = {}
         for span in spans:
-            kind = (span["service"], span["name"])
+            kind = title(span)
             shown[kind] = shown.get(kind, 0) + 1
             if shown[kind] > SIBLINGS_MAX and not self.everything:
                 left_out.setdefault(kind, []).append(span)
                 continue
-            self.draw_span(branch, span, start_ns)
-        for (service, name), hidden in left_out.items():
+            below = branch.add(line(span, start_ns))
+            children = self.children.get((span["trace_id"], span["span_id"]), [])
+            self.draw_spans(below, children, start_ns)
+        for kind, hidden in left_out.items():
             total = sum(one["end_ns"] - one["start_ns"] for one in hidden)
-            text = f"{service} {name}: {len(hidden)} more, {duration(total)} in all"
+            text = f"{kind}: {len(hidden)} more, {duration(total)} in all"
             branch.add(Text(text, style="dim"))
-
-    def draw_span(self, branch: Tree, span: Span, start_ns: int) -> None:
-        below = branch.add(line(span, start_ns))
-        key = (span["trace_id"], span["span_id"])
-        self.draw_spans(below, self.children.get(key, []), start_ns)
-        sources = list(dict.fromkeys(link["trace_id"] for link in span["links"]))
-        self.draw_traces(below, [s for s in sources if s != span["trace_id"]], "from trace")
-
-    def draw_traces(self, branch: Tree, traces: Sequence[str], label: str) -> None:
-        limit = len(traces) if self.everything else TRACES_MAX
-        for trace in traces[:limit]:
-            self.draw_trace(branch, trace, label)
-        if len(traces) > limit:
-            branch.add(Text(f"{label}: {len(traces) - limit} more", style="dim"))
 
 
 def tree(told: Mapping[str, Any], everything: bool = False) -> Tree:
-    """What the trace came from below its spans, then what came of it."""
+    """The trace, what it came from, what came of it."""
     story = Story(told, everything)
-    count = f"{len(story.spans)} spans, {len(story.roots)} traces"
+    count = f"{len(story.spans)} spans in {len(story.roots)} traces"
     root = Tree(Text(f"the story of {told['trace_id']}: {count}", style="bold"))
     story.draw_trace(root, told["trace_id"], "trace")
-    story.draw_traces(root, story.results.get(told["trace_id"], []), "led to trace")
+    sources = story.came_from(told["trace_id"])
+    story.draw_traces(root, sources, "came from trace")
+    results = [t for t in story.roots if t != told["trace_id"] and t not in sources]
+    story.draw_traces(root, results, "led to trace")
     return root
 
 
+def sources_of(span: Span) -> list[str]:
+    """The other traces that a span links to."""
+    linked = dict.fromkeys(link["trace_id"] for link in span["links"])
+    return [trace for trace in linked if trace != span["trace_id"]]
+
+
+def title(span: Span) -> str:
+    """`ingest land`: the service, and the name without the service."""
+    name = str(span["name"]).removeprefix(f"{span['service']} ")
+    return f"{span['service']} {name}"
+
+
 def line(span: Span, start_ns: int) -> Text:
-    """`service name  12.3 ms  at +0.4 s  key=value`."""
-    text = Text()
-    text.append(span["service"], style="magenta")
-    text.append(f" {span['name']}", style="bold red" if span["status"] == "error" else "bold")
+    """`service name  12.3 ms  at +0.4 s  key=value  <- 750339cd`."""
+    service, _, name = title(span).partition(" ")
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(service, style="magenta")
+    text.append(f" {name}", style="bold red" if span["status"] == "error" else "bold")
     text.append(f"  {duration(span['end_ns'] - span['start_ns'])}", style="green")
     text.append(f"  at +{duration(span['start_ns'] - start_ns)}", style="dim")
-    for name, value in shown_attributes(span["attributes"]):
-        text.append(f"  {name.removeprefix('leptonic.')}={value}", style="dim")
     if span["status"] == "error":
         text.append(f"  {span['status_message']}", style="red")
+    if sources := sources_of(span):
+        named = " ".join(trace[:ID_SHOWN] for trace in sources[:LINKS_SHOWN])
+        more = f" and {len(sources) - LINKS_SHOWN} more" if len(sources) > LINKS_SHOWN else ""
+        text.append(f"  <- {named}{more}", style="cyan")
+    for key, value in shown_attributes(span["attributes"]):
+        text.append(f"  {key.removeprefix('leptonic.')}={value}", style="dim")
     return text
 
 

@@ -38,22 +38,33 @@ def loop() -> list[dict[str, Any]]:
 
 def test_links_lead_from_the_prediction_to_the_publish() -> None:
     lines = drawn(loop())
-    depth = {word: line.index(word) for line in lines for word in line.split()}
     order = ["ModelInfer", "receive", "train", "publish"]
     found = [next(n for n, line in enumerate(lines) if f" {word} " in line) for word in order]
     assert found == sorted(found)
-    assert depth["inference"] < depth["ingest"] < depth["trainer"]
-    assert depth["ingest"] < depth["stranger"]
-    assert any(LOOP in line and "from trace" in line for line in lines)
+    assert lines[found[1]].index("ingest") < lines[found[2]].index("trainer")
+    infer, receive = lines[found[0]], lines[found[1]]
+    assert f"<- {LOOP[:8]}" in infer
+    assert f"<- {PUBLISH[:8]}" in receive
+    assert [f"came from trace {trace}" in "".join(lines) for trace in (LOOP, PUBLISH)] == [True] * 2
     assert sum("publish" in line for line in lines) == 2
 
 
 def test_what_came_of_it_comes_last_and_a_trace_is_drawn_once() -> None:
     feedback = span(LATER, 20, "inference", "feedback", links=[link(REQUEST, 9), link(LOOP, 3)])
     lines = drawn([*loop(), feedback])
-    assert any("led to trace" in line and LATER in line for line in lines)
-    assert any("(above)" in line for line in lines)
+    assert f"led to trace {LATER}" in lines[-2]
     assert sum("receive" in line for line in lines) == 1
+
+
+def test_traces_that_look_alike_are_counted() -> None:
+    publishes = [span(f"{n:032x}", n, "ingest", "publish") for n in range(1, 8)]
+    land = span(
+        REQUEST, 9, "ingest", "ingest land", links=[link(f"{n:032x}", n) for n in range(1, 8)]
+    )
+    lines = drawn([land, *publishes])
+    assert any("ingest land" in line and "and 4 more" in line for line in lines)
+    assert any("5 more traces of ingest publish" in line for line in lines)
+    assert sum("ingest publish  " in line for line in lines) == 2
 
 
 def test_repetition_is_counted_unless_everything_is_asked_for() -> None:
