@@ -1,5 +1,6 @@
 """The gRPC doors: the Open Inference Protocol, and what is asked about predictions afterwards."""
 
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ from libs.bus import TRACE_HEADER, Bus, PublishFailed
 from libs.contracts.pipeline import is_name
 from libs.contracts.protos import inference_pb2, inference_pb2_grpc, open_inference_pb2_grpc
 from libs.contracts.protos import open_inference_pb2 as oip
-from libs.database import Database
+from libs.database import TRANSIENT, Database, Transaction
 from libs.doors import Invalid, NotFound, Refused, Unavailable
 from libs.doors.serve import Ready
 from services.inference import domain, feedback, store, tensors
@@ -196,18 +197,34 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         self.bus = bus
         self.endpoints = endpoints
 
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[Transaction]:
+        try:
+            async with self.db.transaction() as tx:
+                yield tx
+        except TRANSIENT as error:
+            raise Unavailable(f"Postgres does not answer: {error}") from error
+
+    def project(self, named: str) -> str:
+        project = named or self.endpoints.project
+        if not is_name(project):
+            raise Invalid(f"{project!r} is not a name", "project")
+        return project
+
     async def SendFeedback(
         self, request: inference_pb2.SendFeedbackRequest, context: Context | None
     ) -> inference_pb2.SendFeedbackResponse:
         """Durable when answered; joined with its request as soon as that is logged."""
-        project = request.project or self.endpoints.project
+        project = self.project(request.project)
         label = json_format.MessageToDict(request.label) if request.HasField("label") else None
         problem = domain.problem_of(request.request_id, label)
         if problem:
             raise Invalid(problem)
-        async with self.db.transaction() as tx:
+        if not is_name(request.model):
+            raise Invalid(f"{request.model!r} is not a name", "model")
+        async with self.reading() as tx:
             known = await store.is_deployed(tx, project, request.model)
-        if not known or not is_name(project):
+        if not known:
             raise NotFound(f"Request for unknown model: '{request.model}' is not found")
         payload = msgspec.json.encode(feedback.Label(request.request_id, label))
         try:
@@ -224,8 +241,10 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def GetPrediction(
         self, request: inference_pb2.GetPredictionRequest, context: Context | None
     ) -> inference_pb2.Prediction:
-        project = request.project or self.endpoints.project
-        async with self.db.transaction() as tx:
+        project = self.project(request.project)
+        if not domain.is_id(request.request_id):
+            raise Invalid(f"{request.request_id!r} is no request's id", "request_id")
+        async with self.reading() as tx:
             row = await store.prediction(tx, project, request.request_id)
         if row is None:
             raise NotFound(f"no prediction {request.request_id!r} is logged", "request_id")
@@ -246,7 +265,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def ListEndpoints(
         self, request: inference_pb2.ListEndpointsRequest, context: Context | None
     ) -> inference_pb2.ListEndpointsResponse:
-        project = request.project or self.endpoints.project
+        project = self.project(request.project)
         found = [e for e in self.endpoints.by_key.values() if e.project == project]
         return inference_pb2.ListEndpointsResponse(
             endpoints=[await self.endpoint(e) for e in found]
@@ -255,7 +274,7 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def endpoint(self, endpoint: Endpoint) -> inference_pb2.Endpoint:
         if endpoint.deployment is None:
             return inference_pb2.Endpoint(model=endpoint.model)
-        async with self.db.transaction() as tx:
+        async with self.reading() as tx:
             counts = await store.tallies(tx, endpoint.deployment)
         targets = []
         for target in endpoint.deployment.targets:

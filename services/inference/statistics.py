@@ -38,6 +38,10 @@ class Statistics:
 
     def __init__(self, model: str, version: str) -> None:
         self.labels = (model, version)
+        self.requests = REQUESTS.labels(model, version)
+        self.latency = LATENCY.labels(model, version)
+        self.queued = QUEUE.labels(model, version)
+        self.batch_rows = BATCH.labels(model, version)
         self.last_inference_ms = 0
         self.inference_count = 0
         """Rows."""
@@ -54,7 +58,7 @@ class Statistics:
 
     def ran(self, rows: int, seconds: float) -> None:
         self.batches.setdefault(rows, Duration()).add(seconds)
-        BATCH.labels(*self.labels).observe(rows)
+        self.batch_rows.observe(rows)
 
     def answered(self, rows: int, result: Result, seconds: float) -> None:
         self.last_inference_ms = time.time_ns() // 1_000_000
@@ -62,11 +66,11 @@ class Statistics:
         self.success.add(seconds)
         self.queue.add(result.queue_s)
         self.compute_infer.add(result.run_s)
-        REQUESTS.labels(*self.labels).inc()
-        LATENCY.labels(*self.labels).observe(seconds)
-        QUEUE.labels(*self.labels).observe(result.queue_s)
+        self.requests.inc()
+        self.latency.observe(seconds)
+        self.queued.observe(result.queue_s)
 
     def refused(self, code: str, seconds: float) -> None:
         self.fail.add(seconds)
-        REQUESTS.labels(*self.labels).inc()
+        self.requests.inc()
         ERRORS.labels(*self.labels, code).inc()

@@ -286,11 +286,11 @@ async def prediction(tx: Transaction, project: str, request_id: str) -> dict[str
 
 
 async def forget_old(tx: Transaction) -> None:
-    for table in ("request", "feedback"):
-        await tx.execute(
-            f"delete from {table} where at < now() - make_interval(days => %s)",  # noqa: S608
-            (REQUESTS_KEPT_DAYS,),
-        )
+    for query in (
+        "delete from request where at < now() - make_interval(days => %s)",
+        "delete from feedback where at < now() - make_interval(days => %s)",
+    ):
+        await tx.execute(query, (REQUESTS_KEPT_DAYS,))
 
 
 async def guarded(

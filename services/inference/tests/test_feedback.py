@@ -94,6 +94,10 @@ async def test_bad_feedback_is_refused_and_names_the_field(digits: Replica) -> N
             "field": "",
         },
     )
+    _, refused = await send(digits, model="a b", request_id="x", label=1)
+    assert refused["error"] == "model: 'a b' is not a name"
+    assert (await digits.api.get("/v1/projects/default/predictions/%00")).status_code == 400
+    assert (await digits.api.get("/v1/projects/default/predictions/none")).status_code == 404
     assert "request_id: 1 to 256" in (await send(digits, label=1))[1]["error"]
     assert (await send(digits, request_id="x"))[1]["error"] == "label: missing"
     assert (await send(digits, request_id=5, label=1))[0] == 400

@@ -182,7 +182,7 @@ class Desk(registry_pb2_grpc.RegistryServicer):
     def __init__(self, desired: DeploymentUpdated) -> None:
         self.desired = desired
 
-    async def ListDeployments(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ListDeployments(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         targets = [
             registry_pb2.TrafficTarget(**msgspec.structs.asdict(t)) for t in self.desired.targets
         ]
