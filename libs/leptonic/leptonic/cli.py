@@ -279,7 +279,9 @@ def queues(session: Session) -> None:
     "--after", type=int, default=-EVENTS_SHOWN, help="A sequence; negative: before the end."
 )
 @click.option("--limit", type=click.IntRange(1, 1000), default=100, help="So many at most.")
-@click.option("--follow", is_flag=True, help="Go on with what happens next, one JSON a line.")
+@click.option(
+    "--follow", is_flag=True, help="Go on with what happens next; with --json one object a line."
+)
 @click.option("--dead", is_flag=True, help="Dead letters with their reasons, instead of events.")
 def events(session: Session, after: int, limit: int, follow: bool, dead: bool) -> None:
     """What happened on the platform."""
