@@ -23,7 +23,7 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 10.0
 FETCH_MAX = 64
 FETCH_TIMEOUT_S = 1.0
-ACK_WAIT_S = 30.0
+ACK_WAIT_S = 10.0
 
 
 class Meta(msgspec.Struct, frozen=True):

@@ -84,8 +84,10 @@ class Agent:
             self.lacking.set()
 
     async def beat(self) -> None:
+        """Silent until it knows what it runs: an empty list would give its work away."""
         while True:
-            await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat())
+            if self.owed is not None:
+                await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat())
             await asyncio.sleep(BEAT_S)
 
     def heartbeat(self) -> bytes:
