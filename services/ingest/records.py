@@ -4,6 +4,7 @@ What fits is decoded in one go; only a message with something wrong in it is loo
 record.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -52,10 +53,8 @@ def split(payload: bytes) -> list[bytes]:
     """
     if payload.lstrip()[:1] != b"[":
         return [payload]
-    try:
+    with contextlib.suppress(*UNFIT):
         return [bytes(raw) for raw in RAW.decode(payload)]
-    except UNFIT:
-        pass
     try:
         return [json.dumps(record).encode() for record in json.loads(payload)]
     except (ValueError, RecursionError) as error:

@@ -31,5 +31,5 @@ async def test_a_job_that_fails_ends_the_service() -> None:
 
     with pytest.raises(ExceptionGroup) as failed:
         async with background(job()):
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
     assert [str(one) for one in failed.value.exceptions] == ["broken"]
