@@ -175,5 +175,7 @@ def endpoints(port: Mapping[str, int], keys: Secrets) -> dict[str, str]:
 
 
 def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    """Progress, as long as somebody reads it: a stack outlives the terminal it was started from."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()

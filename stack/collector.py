@@ -58,7 +58,7 @@ class TraceService(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self, spans: Spans) -> None:
         self.spans = spans
 
-    async def Export(  # noqa: N802
+    async def Export(  # noqa: N802 - gRPC names it
         self, request: trace_service_pb2.ExportTraceServiceRequest, _: object
     ) -> trace_service_pb2.ExportTraceServiceResponse:
         received = list(spans_of(request))

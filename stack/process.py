@@ -46,7 +46,7 @@ async def start(program: Program, log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     rotate(log)
     with log.open("ab") as output:
-        return subprocess.Popen(  # noqa: ASYNC220 (fork and exec: 2 ms)
+        return subprocess.Popen(  # noqa: ASYNC220 - fork and exec: 2 ms
             [*TETHER, str(int(program.orphan_signal)), str(os.getpid()), *program.command],
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -100,7 +100,7 @@ class SpanStore:
         names = [f":{name.strip()}" for name in COLUMNS.split(",")]
         del fields["links"]
         cursor = self.connection.execute(
-            f"insert or ignore into span ({COLUMNS}) values ({', '.join(names)})",  # noqa: S608
+            f"insert or ignore into span ({COLUMNS}) values ({', '.join(names)})",  # noqa: S608 - constants
             fields,
         )
         if cursor.rowcount == 0:
@@ -124,11 +124,11 @@ class SpanStore:
         chosen = msgspec.json.encode(trace_ids).decode()
         own = "where trace_id in (select value from json_each(?))"
         links: dict[int, list[Link]] = {}
-        for row in self.connection.execute(f"select * from link {own}", (chosen,)):  # noqa: S608
+        for row in self.connection.execute(f"select * from link {own}", (chosen,)):  # noqa: S608 - constants
             links.setdefault(row["position"], []).append(
                 Link(row["linked_trace_id"], row["linked_span_id"])
             )
-        query = f"select * from span {own} order by start_ns, position"  # noqa: S608
+        query = f"select * from span {own} order by start_ns, position"  # noqa: S608 - constants
         rows = self.connection.execute(query, (chosen,))
         return [span_of(row, links.get(row["position"], [])) for row in rows]
 
@@ -154,7 +154,7 @@ class SpanStore:
         """At most `TRACES_MAX` traces, the nearest first."""
         found = {trace_id}
         edge = [trace_id]
-        step = f"select distinct {end} from link where {start} = ? order by 1"  # noqa: S608
+        step = f"select distinct {end} from link where {start} = ? order by 1"  # noqa: S608 - column names of ours
         while edge:
             nearby = [row[0] for one in edge for row in self.connection.execute(step, (one,))]
             edge = [one for one in dict.fromkeys(nearby) if one not in found]
@@ -176,7 +176,7 @@ def text_of(value: Any) -> str:
 
 
 def span_of(row: sqlite3.Row, links: list[Link]) -> Span:
-    fields = {name: row[name] for name in row.keys() if name != "position"}  # noqa: SIM118
+    fields = {name: row[name] for name in row.keys() if name != "position"}  # noqa: SIM118 - a Row iterates over values
     fields["attributes"] = msgspec.json.decode(row["attributes"])
     fields["events"] = msgspec.json.decode(row["events"])
     return Span(**fields, links=links)

@@ -125,7 +125,7 @@ class Supervisor:
         """Says when it is ready."""
         assert member.running is not None
         started = monotonic()
-        while not await member.program.ready():  # noqa: ASYNC110 (another process tells no event)
+        while not await member.program.ready():  # noqa: ASYNC110 - it tells no event
             await asyncio.sleep(process.READY_POLL_S)
         now = monotonic()
         member.ready.set()

@@ -27,7 +27,7 @@ from stack import ports, process, servers
 EVENTUALLY_S = 10.0
 POLL_S = 0.02
 ACCESS_KEY = "testing"
-PASSWORD = "testing-only"  # noqa: S105
+PASSWORD = "testing-only"  # noqa: S105 - of a server on loopback that lives for a test
 
 
 async def eventually(

@@ -21,4 +21,4 @@ def tie(number: int, parent: int) -> None:
 if __name__ == "__main__":
     number, parent, *command = sys.argv[1:]
     tie(int(number), int(parent))
-    os.execvp(command[0], command)  # noqa: S606
+    os.execvp(command[0], command)  # noqa: S606 - it is what we are for

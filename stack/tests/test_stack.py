@@ -162,6 +162,17 @@ async def test_what_a_killed_program_leaves_is_ended(tmp_path: Path) -> None:
         assert state(tmp_path)["processes"]["needy"]["restarts"] == 0
 
 
+async def test_a_stack_whose_output_nobody_reads_keeps_running(tmp_path: Path) -> None:
+    with up(tmp_path, "tables.leaving_strays") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        os.kill(state(tmp_path)["processes"]["mother"]["pid"], signal.SIGKILL)
+        await eventually(lambda: state(tmp_path)["processes"]["mother"]["restarts"] == 1)
+        process.terminate()
+        assert process.wait(ENDS_S) == 0
+
+
 async def test_what_a_program_leaves_is_ended_with_the_stack(tmp_path: Path) -> None:
     with up(tmp_path, "tables.leaving_strays") as process:
         stray = psutil.Process(int((tmp_path / "stray").read_text()))
