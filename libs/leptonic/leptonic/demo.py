@@ -108,7 +108,7 @@ class Demo:
         script = str(self.root / "examples" / "publish_digits.py")
         which = ["--offset", str(HELD_OUT_OFFSET), "--count", str(HELD_OUT_COUNT)]
         line = [sys.executable, script, "--print-records", *which, *options]
-        return subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def measure(self, name: str, sample: Sample) -> None:
         """Predicts every row over gRPC, then tells the true labels."""
@@ -149,9 +149,9 @@ class Demo:
 
 
 def sample_of(reading: "subprocess.Popen[str]") -> Sample:
-    said, _ = reading.communicate(timeout=PUBLISH_S)
+    said, problem = reading.communicate(timeout=PUBLISH_S)
     if reading.returncode:
-        raise Stalled(f"reading held-out digits ended with {reading.returncode}")
+        raise Stalled(f"reading held-out digits ended with {reading.returncode}:\n{problem}")
     records = [json.loads(line) for line in said.splitlines()]
     return Sample([one["pixels"] for one in records], [one["label"] for one in records])
 
@@ -193,13 +193,19 @@ def embedded(data_dir: Path, console: Console, keep: bool) -> Iterator[stackfile
             console.print(Text(f"stopped every process in {seconds:.1f} s", style="dim"))
 
 
+def stop_on_signals() -> None:
+    """SIGTERM ends a demo as Ctrl-C does, and so does SIGINT where a shell had it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
 def interrupt(*_: int | FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def run(data_dir: Path, console: Console, keep: bool) -> dict[str, Any]:
     """The six steps; returns what was measured. Raises `Error`."""
-    signal.signal(signal.SIGTERM, interrupt)
+    stop_on_signals()
     root = launch.platform_root()
     watch = Watch(console, time.time())
     with watch.status:
@@ -243,6 +249,8 @@ def summary(demo: Demo, told: dict[str, Any], data_dir: Path, keep: bool) -> Ren
         reached.add_row(name, Text(f"{value:.4f}", style="bold green"))
     loop = f"the loop took {marks[-1].at - marks[0].at:.1f} s (promised: {PROMISED_S:.0f})"
     took = f"ready in {marks[0].seconds:.1f} s, {loop}"
+    if demo.accuracy["drifted digits before"] >= ACCURACY_MIN:
+        took += "; the champion of this folder had learned this drift in a run before"
     where = further(demo.client.stack, data_dir, told["request_id"], keep)
     return show.stacked(story.tree(told), times, reached, Text(took, style="bold"), where)
 

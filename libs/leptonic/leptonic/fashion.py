@@ -1,7 +1,6 @@
 """`leptonic demo --fashion-mnist FOLDER`: the articles' CNN on Fashion-MNIST, to its accuracy."""
 
 import runpy
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from leptonic import launch, rounds, show
 from leptonic.client import Client
-from leptonic.demo import embedded, interrupt
+from leptonic.demo import embedded, stop_on_signals
 from leptonic.errors import Error
 from leptonic.predictor import Predictor
 from leptonic.watch import Watch
@@ -30,7 +29,7 @@ def run(data_dir: Path, folder: Path, console: Console, keep: bool) -> dict[str,
     if not folder.is_dir():
         problem = f"no folder {folder} with the four IDX files"
         raise Error(f"{problem}: apt-get install dataset-fashion-mnist, or name another")
-    signal.signal(signal.SIGTERM, interrupt)
+    stop_on_signals()
     examples = launch.platform_root() / "examples"
     watch = Watch(console, time.time())
     with watch.status:

@@ -51,6 +51,9 @@ def in_background(
 
     A tethered one is told by the kernel to stop when this process dies, however it dies.
     """
+    if stackfile.runs_on(data_dir):
+        problem = f"a stack already runs on {data_dir}"
+        raise Error(f"{problem}: `leptonic down --data-dir {data_dir}` stops it")
     line = command(data_dir, options)
     if tethered:
         tether = str(platform_root() / "stack" / "tether.py")

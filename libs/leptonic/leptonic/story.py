@@ -63,11 +63,11 @@ class Story:
                 self.draw_trace(root, trace, label)
         for look, count in alike.items():
             if count > ALIKE_MAX and not self.everything:
-                text = f"{label} {count - ALIKE_MAX} more traces of {look or 'no stored span'}"
+                text = f"{label} {count - ALIKE_MAX} more traces of {look or 'spans not stored'}"
                 root.add(Text(text, style="dim"))
 
     def draw_trace(self, root: Tree, trace: str, label: str) -> None:
-        head = Text(f"{label} ", style="cyan", no_wrap=True)
+        head = Text(f"{label} trace ".lstrip(), style="cyan", no_wrap=True)
         head.append(trace, style="bold cyan")
         if trace not in self.roots:
             root.add(head.append(" (not stored)", style="dim"))
@@ -98,11 +98,11 @@ def tree(told: Mapping[str, Any], everything: bool = False) -> Tree:
     story = Story(told, everything)
     count = f"{len(story.spans)} spans in {len(story.roots)} traces"
     root = Tree(Text(f"the story of {told['trace_id']}: {count}", style="bold"))
-    story.draw_trace(root, told["trace_id"], "trace")
+    story.draw_trace(root, told["trace_id"], "")
     sources = story.came_from(told["trace_id"])
-    story.draw_traces(root, sources, "came from trace")
+    story.draw_traces(root, sources, "came from")
     results = [t for t in story.roots if t != told["trace_id"] and t not in sources]
-    story.draw_traces(root, results, "led to trace")
+    story.draw_traces(root, results, "led to")
     return root
 
 
