@@ -1,5 +1,6 @@
 """What the platform answers, as tables on a terminal."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,11 +16,18 @@ BAD = {"failed", "rejected", "Unhealthy", "no", "cancelled", "False"}
 PASSWORD = re.compile(r"password=\S+")
 DIGEST_SHOWN = 12
 DETAIL_SHOWN = 60
+DRIFT_SHOWN = 10
+PIPED_COLUMNS = 140
 CHAMPION_PERCENT = 100
 
 
 def of(name: str) -> Callable[[Row], Any]:
     return lambda row: row.get(name, "")
+
+
+def moment(name: str) -> Callable[[Row], str]:
+    """A time to the second."""
+    return lambda row: str(row.get(name, ""))[:19].replace("T", " ")
 
 
 def table(title: str, columns: Iterable[Column], rows: Iterable[Row]) -> Table:
@@ -80,7 +88,7 @@ DATASET_VERSIONS: tuple[Column, ...] = (
     ("digest", digest),
     ("rows", of("rows")),
     ("reason", of("reason")),
-    ("created", of("created_at")),
+    ("created", moment("created_at")),
 )
 DRIFT: tuple[Column, ...] = (
     ("source", of("source")),
@@ -111,7 +119,7 @@ MODEL_VERSIONS: tuple[Column, ...] = (
     ("metrics", lambda row: short(row.get("metrics", {}))),
     ("digest", digest),
     ("job", of("job")),
-    ("registered", of("registered_at")),
+    ("registered", moment("registered_at")),
 )
 ENDPOINTS: tuple[Column, ...] = (
     ("model", of("model")),
@@ -132,7 +140,7 @@ NODES: tuple[Column, ...] = (
     ("allocated", lambda row: resources(row, "allocated")),
     ("capacity", lambda row: resources(row, "capacity")),
     ("jobs", lambda row: len(row.get("jobs", []))),
-    ("heard from", of("last_heartbeat_at")),
+    ("heard from", moment("last_heartbeat_at")),
 )
 QUEUES: tuple[Column, ...] = (
     ("queue", of("queue")),
@@ -144,7 +152,7 @@ DEAD_LETTERS: tuple[Column, ...] = (
     ("sequence", of("sequence")),
     ("subject", of("subject")),
     ("reason", of("reason")),
-    ("at", of("at")),
+    ("at", moment("at")),
     ("payload", lambda row: str(row.get("payload", ""))[:DETAIL_SHOWN]),
 )
 CHECKS: tuple[Column, ...] = (
@@ -162,7 +170,8 @@ def dataset(row: Row) -> RenderableType:
         table("versions", DATASET_VERSIONS, row["versions"]),
     ]
     if drift := row.get("drift", {}).get("features"):
-        drawn.append(table("drift against the last version", DRIFT, drift))
+        worst = sorted(drift, key=lambda one: -one["psi"])[:DRIFT_SHOWN]
+        drawn.append(table("drift against the last version, largest first", DRIFT, worst))
     return Group(*drawn)
 
 
@@ -239,7 +248,11 @@ def event_line(event: Row) -> Text:
 
 
 def console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, soft_wrap=stderr)
+    """As wide as the terminal; into a pipe or a file, wide enough for every table."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PIPED_COLUMNS
+    return made
 
 
 def lines(texts: Iterable[Text]) -> Text:

@@ -1,4 +1,7 @@
-"""JSON as the doors send it: protobuf writes 64-bit integers as strings, and here they are ints."""
+"""JSON as the doors send it, with its numbers back.
+
+Protobuf writes 64-bit integers as strings, and every number of a Struct as a double.
+"""
 
 import json
 from typing import Any
@@ -14,7 +17,9 @@ INT64 = frozenset(
 STRUCTS = frozenset(
     {"batching", "checks", "inputs", "label", "manifest", "outputs", "result", "schema", "spec"}
 )
-"""Every field that holds the user's own JSON: left as it is; a test compares."""
+"""Every field that holds free JSON: its strings are left as they are; a test compares."""
+EXACT_MAX = 1 << 53
+"""Up to here a double holds every whole number."""
 
 
 def decoded(payload: bytes) -> Any:
@@ -26,11 +31,23 @@ def numbered(value: Any, is_int: bool = False) -> Any:
     match value:
         case dict():
             return {
-                name: one if name in STRUCTS else numbered(one, is_int or name in INT64)
+                name: whole(one) if name in STRUCTS else numbered(one, is_int or name in INT64)
                 for name, one in value.items()
             }
         case list():
             return [numbered(one) for one in value]
         case str() if is_int and value.lstrip("-").isdigit():
+            return int(value)
+    return value
+
+
+def whole(value: Any) -> Any:
+    """7.0 is 7 again, all through free JSON."""
+    match value:
+        case dict():
+            return {name: whole(one) for name, one in value.items()}
+        case list():
+            return [whole(one) for one in value]
+        case float() if value.is_integer() and abs(value) <= EXACT_MAX:
             return int(value)
     return value

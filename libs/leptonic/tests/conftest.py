@@ -49,7 +49,7 @@ class Platform:
     async def GetDataset(self, request: Any, _: Any) -> Any:
         if request.dataset != DIGITS:
             raise NotFound(f"no dataset {request.dataset!r}", "dataset")
-        schema = struct({"rows": {"type": "int64", "role": "12"}})
+        schema = struct({"rows": {"type": "int64", "role": "12", "shape": [64]}})
         return ingest.Dataset(dataset=DIGITS, rows=1200, schema=schema)
 
     async def ListParts(self, request: Any, _: Any) -> Any:

@@ -30,7 +30,8 @@ MODULES = (
 def test_numbers_are_numbers_and_the_users_own_json_is_left_alone(client: Client) -> None:
     found = client.dataset(DIGITS)
     assert (found["rows"], found["versions"][0]["number"]) == (1200, 1)
-    assert found["schema"] == {"rows": {"type": "int64", "role": "12"}}
+    assert found["schema"] == {"rows": {"type": "int64", "role": "12", "shape": [64]}}
+    assert isinstance(found["schema"]["rows"]["shape"][0], int)
     assert found["drift"]["features"][0]["window_rows"] == 200
     assert client.models()[0]["aliases"] == {"champion": 2}
 
