@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
 def in_foreground(data_dir: Path, options: tuple[str, ...]) -> None:
     """Becomes the stack: Ctrl-C and SIGTERM go straight to it."""
     line = command(data_dir, options)
-    os.execve(line[0], line, environment())  # noqa: S606
+    os.execve(line[0], line, environment())  # noqa: S606 - becoming it is the point
 
 
 def in_background(
