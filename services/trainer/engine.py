@@ -7,6 +7,8 @@ Importing this takes 4 s (torch and Ray), and wants an open `session`.
 import asyncio
 import contextlib
 import logging
+import signal
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -218,6 +220,7 @@ async def started(setup: Setup, size: int, cpus: int, folder: str) -> AsyncItera
     with ThreadPoolExecutor(1, "ray") as thread:
         # Ray's servers die with the thread that started them: this one stays.
         await asyncio.get_running_loop().run_in_executor(thread, start_ray, folder, cpus)
+        take_back_sigterm()
         engine = Engine(setup, size, folder)
         try:
             await engine.refill()
@@ -225,6 +228,12 @@ async def started(setup: Setup, size: int, cpus: int, folder: str) -> AsyncItera
         finally:
             await engine.settled()
             ray.shutdown()
+
+
+def take_back_sigterm() -> None:
+    """Ray puts a handler of its own before Python's: it prints a stack and aborts 3 s later."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def start_ray(folder: str, cpus: int) -> None:

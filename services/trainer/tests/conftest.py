@@ -110,12 +110,14 @@ def shared(s3_server: str) -> ObjectStore:
 @pytest.fixture(scope="session")
 def ray_started(ray_folder: str, s3_server: str, shared: ObjectStore) -> Iterator[Any]:
     """The engine on a local Ray, its pool still empty."""
-    from services.trainer import engine, ray_job, worker  # only now: Ray reads its environment
+    import ray  # only now: it reads its environment
+
+    from services.trainer import engine, ray_job, worker
 
     storage = worker.Storage(s3_server, ACCESS_KEY, PASSWORD, BUCKET)
     engine.start_ray(ray_folder, 2)
     yield engine.Engine(ray_job.Setup(storage), 2, ray_folder)
-    engine.ray.shutdown()
+    ray.shutdown()
 
 
 @pytest_asyncio.fixture
