@@ -22,7 +22,7 @@ ENTRIES_MAX = 8192
 BYTES_MAX = 64 << 20
 MESSAGE_BYTES_MAX = 1 << 20
 TAKE_MAX = 512
-GATHER_S = 0.05
+GATHER_S = 0.1
 """How long entries gather into one message: few messages on the wire."""
 RETRY_S = 0.5
 DRAIN_S = 3.0

@@ -171,42 +171,46 @@ async def take_turns(tx: Transaction, project: str, model: str) -> None:
 async def log_requests(tx: Transaction, project: str, model: str, rows: list[Logged]) -> None:
     """Logs each request once, and joins labels that came before it. Raises `Unstorable`.
 
-    Ids are the clients': when one is used again the later answer replaces the earlier.
+    Ids are the clients': when one is used again the later answer replaces the earlier. One
+    statement for all rows: a statement each cost more than answering the requests did.
     """
     await take_turns(tx, project, model)
-    for row in rows:
-        cursor = await guarded(
-            tx,
-            "insert into request as r (project, model, request_id, number, generation, replica, "
-            "inputs, outputs, traceparent, at) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) "
-            "on conflict (project, model, request_id) do update set number = excluded.number, "
-            "generation = excluded.generation, replica = excluded.replica, "
-            "inputs = excluded.inputs, outputs = excluded.outputs, label = null, "
-            "traceparent = excluded.traceparent, at = excluded.at where r.at < excluded.at",
-            (
-                project,
-                model,
-                row.request_id,
-                row.number,
-                row.generation,
-                row.replica,
-                as_json(row.inputs),
-                as_json(row.outputs),
-                row.traceparent,
-                row.at,
-            ),
-        )
-        if cursor.rowcount == 1:
-            await join_waiting(tx, project, model, row.request_id)
-
-
-async def join_waiting(tx: Transaction, project: str, model: str, request_id: str) -> None:
-    waiting = await tx.one(
-        "delete from feedback where (project, model, request_id) = (%s, %s, %s) returning label",
-        (project, model, request_id),
+    latest = {row.request_id: row for row in sorted(rows, key=lambda row: row.at)}.values()
+    cursor = await guarded(
+        tx,
+        "insert into request as r (project, model, request_id, number, generation, replica, "
+        "inputs, outputs, traceparent, at) select %s, %s, u.* from unnest(%s::text[], "
+        "%s::bigint[], %s::bigint[], %s::text[], %s::json[], %s::json[], %s::text[], "
+        "%s::timestamptz[]) as u "
+        "on conflict (project, model, request_id) do update set number = excluded.number, "
+        "generation = excluded.generation, replica = excluded.replica, "
+        "inputs = excluded.inputs, outputs = excluded.outputs, label = null, "
+        "traceparent = excluded.traceparent, at = excluded.at where r.at < excluded.at "
+        "returning request_id",
+        (
+            project,
+            model,
+            [row.request_id for row in latest],
+            [row.number for row in latest],
+            [row.generation for row in latest],
+            [row.replica for row in latest],
+            [as_json(row.inputs) for row in latest],
+            [as_json(row.outputs) for row in latest],
+            [row.traceparent for row in latest],
+            [row.at for row in latest],
+        ),
     )
-    if waiting is not None:
-        await join(tx, project, model, request_id, waiting["label"])
+    await join_waiting(tx, project, model, [row["request_id"] async for row in cursor])
+
+
+async def join_waiting(tx: Transaction, project: str, model: str, request_ids: list[str]) -> None:
+    early = await tx.all(
+        "delete from feedback where (project, model) = (%s, %s) and request_id = any(%s) "
+        "returning request_id, label",
+        (project, model, request_ids),
+    )
+    for row in early:
+        await join(tx, project, model, row["request_id"], row["label"])
 
 
 async def add_label(tx: Transaction, project: str, model: str, request_id: str, label: Any) -> None:
