@@ -5,6 +5,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import AsyncIterator
+from types import ModuleType
 from typing import Annotated
 
 import grpc
@@ -21,6 +22,7 @@ from libs.settings import Common
 from services.trainer import session
 from services.trainer.agent import Agent
 from services.trainer.champion import Registry
+from services.trainer.domain import Setup, Storage
 from services.trainer.handlers import HANDLERS, Context
 from services.trainer.server import Trainer
 from services.trainer.store import MIGRATIONS
@@ -100,25 +102,26 @@ async def doors(settings: Settings, servicer: Trainer, db: Database) -> AsyncIte
 
 async def warm(settings: Settings, agent: Agent, folder: str) -> None:
     """Starts Ray and its pool beside everything else, and keeps them until cancelled."""
-    setup, started = await asyncio.to_thread(load_engine, settings)
+    engine = await asyncio.to_thread(import_engine)
     cpus = max(1, settings.cpu_milli // 1000)
-    async with started(setup, settings.pool_workers, cpus, folder) as engine:
-        agent.engine.set_result(engine)
+    async with engine.started(setup_of(settings), settings.pool_workers, cpus, folder) as pool:
+        agent.engine.set_result(pool)
         await asyncio.get_running_loop().create_future()
 
 
-def load_engine(settings: Settings):  # type: ignore[no-untyped-def]
-    """Torch and Ray take 4 s to import, and Ray reads its environment when it is: so late."""
-    from services.trainer import engine, ray_job, worker
+def import_engine() -> ModuleType:
+    """Ray takes 1 s to import and reads its environment then: so late, and in a thread."""
+    from services.trainer import engine
 
-    storage = worker.Storage(
+    return engine
+
+
+def setup_of(settings: Settings) -> Setup:
+    storage = Storage(
         settings.s3_endpoint,
         settings.s3_access_key,
         settings.s3_secret_key,
         settings.s3_bucket,
         settings.s3_secure,
     )
-    setup = ray_job.Setup(
-        storage, settings.otlp_endpoint, settings.log_level, settings.recipes_path
-    )
-    return setup, engine.started
+    return Setup(storage, settings.otlp_endpoint, settings.log_level, settings.recipes_path)

@@ -11,6 +11,7 @@ from libs.contracts.events import AttemptPlaced, JobRequested, Resources
 from libs.contracts.pipeline import Pipeline, Train, convert
 
 KIND = "train"
+LOOPBACK = "127.0.0.1"
 WORKERS_MAX = 16
 """Workers of one gang on one node; more than that wants more nodes."""
 POOL_SAMPLES_MAX = 10_000_000
@@ -85,6 +86,26 @@ class Outcome(msgspec.Struct, frozen=True):
     champion: Champion | None
     seconds: float
     resumed_from_epoch: int
+
+
+class Storage(msgspec.Struct, frozen=True):
+    """Where objects lie, as it travels to a worker."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+    secure: bool = False
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """What every worker process needs to know."""
+
+    storage: Storage
+    otlp_endpoint: str = ""
+    log_level: str = "INFO"
+    recipes_path: str = ""
+    """Folder with users' recipe modules; empty: only what is importable anyway."""
 
 
 class Unusable(ValueError):

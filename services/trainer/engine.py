@@ -1,7 +1,7 @@
 """Starts Ray, keeps a pool of warm workers, and runs attempts on it.
 
 Ray does not count resources here (pool actors take none): the scheduler has placed the gang.
-Importing this takes 4 s (torch and Ray), and wants an open `session`.
+Import this with a `session` open: Ray reads its environment then, and takes 1 s.
 """
 
 import asyncio
@@ -20,16 +20,17 @@ import ray.exceptions
 from libs import telemetry
 from libs.contracts.artifacts import TrainResult
 from services.trainer.domain import (
+    LOOPBACK,
     Assignment,
     Lost,
     Outcome,
     Progress,
+    Setup,
     Unusable,
     engine_of,
     is_own_code,
 )
-from services.trainer.gang import LOOPBACK
-from services.trainer.ray_job import Conductor, Setup, Worker
+from services.trainer.ray_job import Conductor, Worker
 
 log = logging.getLogger(__name__)
 RESTARTS_MAX = 3
@@ -40,7 +41,7 @@ OBJECT_STORE_BYTES = 80 << 20
 """Only progress and results go through it; workers read data from object storage."""
 
 
-class Member:
+class Hired:
     """A live worker of the pool."""
 
     def __init__(self, actor: Any, pid: int) -> None:
@@ -55,29 +56,30 @@ class Engine:
         self.setup = setup
         self.size = size
         self.folder = folder
-        self.idle: list[Member] = []
+        self.idle: list[Hired] = []
+        self.coming = 0
         self.refills: set[asyncio.Task[None]] = set()
         self.worker: Any = ray.remote(Worker)
 
-    async def hire(self) -> Member:
+    async def hire(self) -> Hired:
         """A new process: about 5 s until torch is imported and warm."""
         actor = self.worker.options(num_cpus=0).remote(self.setup)
         try:
-            return Member(actor, await actor.pid.remote())
+            return Hired(actor, await actor.pid.remote())
         except ray.exceptions.RayError as error:
             raise Lost(f"a worker did not start: {error}") from error
 
-    async def take(self, count: int) -> list[Member]:
+    async def take(self, count: int) -> list[Hired]:
         taken = [self.idle.pop() for _ in range(min(count, len(self.idle)))]
         return taken + await asyncio.gather(*(self.hire() for _ in range(count - len(taken))))
 
-    def give_back(self, members: list[Member]) -> None:
+    def give_back(self, members: list[Hired]) -> None:
         """The first one taken is the next one taken: it has the data loaded."""
         self.idle.extend(reversed(members))
         while len(self.idle) > self.size:
             ray.kill(self.idle.pop(0).actor)
 
-    def dismiss(self, members: list[Member]) -> None:
+    def dismiss(self, members: list[Hired]) -> None:
         """Kills them; the pool fills up again in the background."""
         for member in members:
             ray.kill(member.actor)
@@ -93,12 +95,14 @@ class Engine:
         await asyncio.gather(*self.refills, return_exceptions=True)
 
     async def refill(self) -> None:
-        while len(self.idle) < self.size:
-            try:
-                self.give_back([await self.hire()])
-            except Lost as error:
-                log.warning("pool: %s", error)
-                return
+        missing = max(0, self.size - len(self.idle) - self.coming)
+        self.coming += missing
+        try:
+            self.give_back(await asyncio.gather(*(self.hire() for _ in range(missing))))
+        except Lost as error:
+            log.warning("pool: %s", error)
+        finally:
+            self.coming -= missing
 
     @contextlib.asynccontextmanager
     async def run(self, assignment: Assignment) -> AsyncIterator["Run"]:
@@ -119,7 +123,7 @@ class Run:
     def __init__(self, engine: Engine, assignment: Assignment) -> None:
         self.engine = engine
         self.assignment = assignment
-        self.members: list[Member] = []
+        self.members: list[Hired] = []
         self.conductor: Any = None
 
     def release(self, reusable: bool) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from torch._C._distributed_c10d import TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
-LOOPBACK = "127.0.0.1"
+from services.trainer.domain import LOOPBACK
+
 TIMEOUT = timedelta(minutes=5)
 """A peer that lives but says nothing for so long is lost."""
 STORE_TIMEOUT = timedelta(seconds=30)

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from services.trainer.reaper import PREFIX
+
 MARK = "RAY_OF_TRAINER"
 REAPER = Path(__file__).with_name("reaper.py")
 ENVIRONMENT = {
@@ -29,7 +31,7 @@ def opened() -> Iterator[str]:
     Nothing of Ray outlives this process, however it ends: see `reaper.py`, which runs in a session
     of its own so that what kills our process group does not kill it first.
     """
-    folder = tempfile.mkdtemp(prefix="lt-")
+    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
     mark = f"{MARK}={secrets.token_hex(16)}"
     os.environ.update(ENVIRONMENT)
     os.environ[MARK] = mark.removeprefix(f"{MARK}=")

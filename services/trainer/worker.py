@@ -49,21 +49,6 @@ GONE = (ConnectionError, MemoryError, Missing)
 LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "safetensors")
 
 
-class Storage(msgspec.Struct, frozen=True):
-    """Where objects lie, as it travels to a worker."""
-
-    endpoint: str
-    access_key: str
-    secret_key: str
-    bucket: str
-    secure: bool = False
-
-    def open(self) -> ObjectStore:
-        return ObjectStore(
-            self.endpoint, self.access_key, self.secret_key, self.bucket, self.secure
-        )
-
-
 @dataclass(frozen=True)
 class Loaded:
     """A dataset version, ready to train on."""

@@ -18,7 +18,7 @@ from libs.contracts.artifacts import DatasetManifest, canonical
 from libs.contracts.pipeline import Field, Train
 from libs.objectstore import ObjectStore
 from services.trainer import session
-from services.trainer.domain import Assignment, TrainSpec
+from services.trainer.domain import Assignment, Setup, Storage, TrainSpec
 from stack.testing import ACCESS_KEY, PASSWORD
 
 PIXELS = 64
@@ -41,10 +41,10 @@ def transform_of(name: str, shape: list[int], scale: float) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def parquet_of(values: np.ndarray, label: np.ndarray) -> bytes:
+def parquet_of(values: np.ndarray, label: np.ndarray, name: str = "pixels") -> bytes:
     flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values[0].size)
     place = pa.array(np.arange(len(label)))
-    table = pa.table({"_sequence": place, "_index": place, "pixels": flat, "label": label})
+    table = pa.table({"_sequence": place, "_index": place, name: flat, "label": label})
     written = io.BytesIO()
     pq.write_table(table, written)
     return written.getvalue()
@@ -112,11 +112,11 @@ def ray_started(ray_folder: str, s3_server: str, shared: ObjectStore) -> Iterato
     """The engine on a local Ray, its pool still empty."""
     import ray  # only now: it reads its environment
 
-    from services.trainer import engine, ray_job, worker
+    from services.trainer import engine
 
-    storage = worker.Storage(s3_server, ACCESS_KEY, PASSWORD, BUCKET)
+    storage = Storage(s3_server, ACCESS_KEY, PASSWORD, BUCKET)
     engine.start_ray(ray_folder, 2)
-    yield engine.Engine(ray_job.Setup(storage), 2, ray_folder)
+    yield engine.Engine(Setup(storage), 2, ray_folder)
     ray.shutdown()
 
 

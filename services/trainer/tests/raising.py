@@ -1,6 +1,5 @@
 """Recipes as a user might write them, with their mistakes."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +16,6 @@ class RaisesInThirdEpoch(Mlp):
         if self.steps > 30:
             raise ZeroDivisionError("the temperature is 0")
         return super().loss(outputs, targets)
-
-
-class MeasuresTopTwo(Mlp):
-    """A metric of its own."""
-
-    def metrics(self, predicted: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        best = np.argsort(predicted, axis=1)[:, -2:]
-        own = {"top_two": float(np.mean((best == targets[:, None]).any(axis=1)))}
-        return {**super().metrics(predicted, targets), **own}
 
 
 class Branches(Mlp):

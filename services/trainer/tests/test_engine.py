@@ -99,7 +99,7 @@ async def test_a_gate_on_what_the_recipe_does_not_measure_is_refused(
     pool: Any, shared: ObjectStore
 ) -> None:
     digest = await store_digits(shared)
-    recipe = f"{OWN}:MeasuresTopTwo"
+    recipe = "examples.custom_recipe:Residual"
     result, _ = await trained(pool, "own", spec_of(digest, ("top_two",), recipe=recipe))
     assert result.evaluation.metrics["top_two"] > result.evaluation.metrics["accuracy"]
     with pytest.raises(Unusable, match=r"\$.gates: 'top_three' is not measured"):
