@@ -97,10 +97,12 @@ class Journal:
         while not self.closing or self.queue:
             await self.filled.wait()
             self.filled.clear()
-            if not self.closing:
+            if not self.closing and len(self.queue) < TAKE_MAX:
                 await asyncio.sleep(GATHER_S)
-            while self.queue:
+            if self.queue:
                 await self.flush()
+            if self.queue:
+                self.filled.set()
 
     async def flush(self) -> None:
         taken = [self.queue.popleft() for _ in range(min(TAKE_MAX, len(self.queue)))]
