@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from libs import database
 from libs.bus import DEAD_LETTERS, EVENTS, RECORDS, Delivery, Subscription
 from libs.bus.jetstream import JetStreamBus
 from libs.contracts.artifacts import digest_of
@@ -18,6 +19,7 @@ from services.ingest import store
 from services.ingest.domain import Place, explain
 from services.ingest.landing import Landing, build
 from services.ingest.layout import layout_of
+from services.ingest.store import MIGRATIONS
 from services.ingest.tables import ipc_bytes
 from services.ingest.tests.conftest import apply
 from services.ingest.tests.pipelines import SCHEMAS, applied, digit, message
@@ -250,6 +252,31 @@ async def test_records_wait_while_s3_is_away(
         assert task.done()
     finally:
         task.cancel()
+        await server.stop()
+
+
+async def test_records_wait_while_postgres_is_away(
+    bus: JetStreamBus, objects: ObjectStore, tmp_path: Path
+) -> None:
+    (port,) = ports.free(1)
+    server = Server(servers.postgres(tmp_path / "pg", port, "secret"), tmp_path / "pg.log")
+    await server.start()
+    try:
+        dsn = servers.postgres_dsn(port, "secret")
+        async with database.connect(dsn, "ingest", MIGRATIONS) as db:
+            await apply(db, applied("digits"), "event")
+            landing = Landing(bus, db, objects)
+            task = asyncio.create_task(landing.run())
+            await server.kill()
+            for number in range(1, 6):
+                await bus.publish(DIGITS.subject, message(digit(number)), id=f"during-{number}")
+            await eventually(lambda: landing.retrying, timeout_s=30)
+            await server.start()
+            await eventually(lambda: landed(db, 5), timeout_s=60)
+            assert [label for _, _, label in await rows_of(db, objects)] == [1, 2, 3, 4, 5]
+            await landing.drain()
+            await task
+    finally:
         await server.stop()
 
 
