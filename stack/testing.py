@@ -143,8 +143,14 @@ def postgres_dsn(postgres_server: int) -> Iterator[str]:
 
 
 @pytest_asyncio.fixture
-async def objects(s3_server: str) -> ObjectStore:
-    """A fresh bucket; `.bucket` and the session's keys are what a service needs to reach it."""
+async def objects(s3_server: str) -> AsyncIterator[ObjectStore]:
+    """A fresh bucket; `.bucket` and the session's keys are what a service needs to reach it.
+
+    It goes after the test: every bucket holds a volume, and the server has some 70 of them.
+    """
     store = ObjectStore(s3_server, ACCESS_KEY, PASSWORD, f"test-{secrets.token_hex(6)}")
     await store.create_bucket()
-    return store
+    yield store
+    for key in await store.list(""):
+        await store.delete(key)
+    await store.call(store.client.remove_bucket, store.bucket)
