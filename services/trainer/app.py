@@ -28,14 +28,13 @@ from services.trainer.server import Trainer
 from services.trainer.store import MIGRATIONS
 
 SERVICE = trainer_pb2.DESCRIPTOR.services_by_name["Trainer"]
-CPUS = os.cpu_count() or 1
 
 
 class Settings(Common, frozen=True, kw_only=True):
     http_port: Annotated[int, Meta(description="the trainer's HTTP JSON door")] = 8012
     grpc_port: Annotated[int, Meta(description="the trainer's gRPC door")] = 9012
     node: Annotated[str, Meta(description="this node's name; unique")] = "trainer"
-    cpu_milli: Annotated[int, Meta(description="CPU offered to the scheduler")] = CPUS * 1000
+    cpu_milli: Annotated[int, Meta(description="CPU offered to the scheduler; 0: all")] = 0
     memory_mib: Annotated[int, Meta(description="memory offered to the scheduler")] = 4096
     pool_workers: Annotated[int, Meta(ge=1, le=16, description="workers kept warm")] = 2
     recipes_path: Annotated[str, Meta(description="folder with users' recipe modules")] = ""
@@ -74,7 +73,7 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[A
             Registry(channel),
             settings.node,
             uuid.uuid4().hex,
-            Resources(settings.cpu_milli, settings.memory_mib),
+            capacity_of(settings),
         )
         folder = stack.enter_context(session.opened())
         servicer = Trainer(db)
@@ -103,10 +102,15 @@ async def doors(settings: Settings, servicer: Trainer, db: Database) -> AsyncIte
 async def warm(settings: Settings, agent: Agent, folder: str) -> None:
     """Starts Ray and its pool beside everything else, and keeps them until cancelled."""
     engine = await asyncio.to_thread(import_engine)
-    cpus = max(1, settings.cpu_milli // 1000)
+    cpus = max(1, capacity_of(settings).cpu_milli // 1000)
     async with engine.started(setup_of(settings), settings.pool_workers, cpus, folder) as pool:
         agent.engine.set_result(pool)
         await asyncio.get_running_loop().create_future()
+
+
+def capacity_of(settings: Settings) -> Resources:
+    all_milli = (os.cpu_count() or 1) * 1000
+    return Resources(settings.cpu_milli or all_milli, settings.memory_mib)
 
 
 def import_engine() -> ModuleType:
