@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test check bench generate format clean
+.PHONY: help setup demo test test-long check bench generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +24,9 @@ check: setup ## format, lint, types, import rules, style, documentation
 
 test: check ## check, then every test
 	@$(PYTHON) -m pytest
+
+test-long: setup ## minutes of training on real data: the articles' case
+	@$(PYTHON) -m pytest -m long -s
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench

@@ -100,12 +100,12 @@ async def doors(settings: Settings, servicer: Trainer, db: Database) -> AsyncIte
 
 
 async def warm(settings: Settings, agent: Agent, folder: str) -> None:
-    """Starts Ray and its pool beside everything else, and keeps them until cancelled."""
+    """Starts Ray and its pool beside everything else; the service ends with them."""
     engine = await asyncio.to_thread(import_engine)
     cpus = max(1, capacity_of(settings).cpu_milli // 1000)
     async with engine.started(setup_of(settings), settings.pool_workers, cpus, folder) as pool:
         agent.engine.set_result(pool)
-        await asyncio.get_running_loop().create_future()
+        await pool.watch()
 
 
 def capacity_of(settings: Settings) -> Resources:

@@ -37,6 +37,8 @@ RESTARTS_MAX = 3
 """Times a gang is set up again inside one attempt after a worker died."""
 VERDICT_S = 5.0
 """How long the other workers have to say why they failed, once one did."""
+WATCH_S = 2.0
+WATCH_TIMEOUT_S = 15.0
 OBJECT_STORE_BYTES = 80 << 20
 """Only progress and results go through it; workers read data from object storage."""
 
@@ -87,6 +89,17 @@ class Engine:
             task = asyncio.create_task(self.refill())
             self.refills.add(task)
             task.add_done_callback(self.refills.discard)
+
+    async def watch(self) -> None:
+        """Raises `Lost` once Ray itself is gone: calls would wait for it without end."""
+        while True:
+            try:
+                nodes = await asyncio.wait_for(asyncio.to_thread(ray.nodes), WATCH_TIMEOUT_S)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                raise Lost(f"Ray does not answer: {error!r}") from error
+            if not any(node["Alive"] for node in nodes):
+                raise Lost("Ray's node is dead")
+            await asyncio.sleep(WATCH_S)
 
     async def settled(self) -> None:
         """No worker is being started any more."""

@@ -69,7 +69,7 @@ async def store_images(objects: ObjectStore, pipeline: Pipeline) -> str:
     return (await objects.put_blob(canonical(manifest))).digest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no {FOLDER}: install dataset-fashion-mnist")
 async def test_five_epochs_reach_more_than_the_articles(pool: Any, shared: ObjectStore) -> None:
     pipeline = convert(yaml.safe_load(EXAMPLE.read_text()))
