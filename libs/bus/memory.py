@@ -135,8 +135,10 @@ class MemorySubscription:
             self.due.pop(sequence, None)
 
     def again(self, sequence: int, delay_s: float) -> None:
-        self.due[sequence] = self.bus.now() + delay_s
-        self.bus.wake()
+        """An ack is final: a nak after it changes nothing."""
+        if sequence in self.due:
+            self.due[sequence] = self.bus.now() + delay_s
+            self.bus.wake()
 
     def touch(self, sequence: int) -> None:
         if sequence in self.due:

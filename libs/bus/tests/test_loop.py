@@ -1,5 +1,6 @@
 """The bus loop over a bus that misbehaves: every event takes effect once, none is lost."""
 
+import asyncio
 import json
 from collections import Counter
 
@@ -19,7 +20,9 @@ EVENT = JobCancelled(project="p", job="j")
 class Effects:
     """An idempotent handler's memory: which events took effect, and how often it was called."""
 
-    def __init__(self, failures: dict[str, int] | None = None, error: type[Exception] = ValueError):
+    def __init__(
+        self, failures: dict[str, int] | None = None, error: type[BaseException] = ValueError
+    ):
         self.inbox: set[str] = set()
         self.effects: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
@@ -112,6 +115,20 @@ async def test_a_transient_error_is_tried_for_as_long_as_it_lasts() -> None:
     await drain(bus, context, clock)
     assert context.effects == {"j": 1}
     assert bus.streams["DLQ"] == []
+
+
+async def test_a_process_that_dies_in_the_handler_leaves_the_event_unacked() -> None:
+    clock = [0.0]
+    bus = misbehaving(clock, Misbehaviour())
+    dying = Effects(failures={"j": 1}, error=asyncio.CancelledError)
+    await publish(bus, "j")
+    subscription = await bus.subscribe(EVENTS, "test", subjects_of(HANDLERS))
+    with pytest.raises(asyncio.CancelledError):
+        await run_once(bus, subscription, "test", HANDLERS, dying)
+    bus.crash()
+    restarted = Effects()
+    await drain(bus, restarted, clock)
+    assert restarted.effects == {"j": 1}
 
 
 async def test_what_is_no_event_is_dead_lettered_at_once() -> None:
