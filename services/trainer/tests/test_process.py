@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import httpx
 import msgspec
+import pytest
 import pytest_asyncio
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
@@ -102,6 +103,11 @@ class Trainer:
         await self.process.wait()
         return monotonic() - began
 
+    def raylet(self) -> int:
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in marked(self.mark)}
+        (found,) = [pid for pid, name in names.items() if name == "raylet"]
+        return found
+
     async def nothing_left(self) -> None:
         def none() -> bool:
             left = {pid: Path(f"/proc/{pid}/stat").read_text() for pid in marked(self.mark)}
@@ -186,6 +192,16 @@ async def test_it_resumes_after_a_kill_and_leaves_nothing_behind(
     assert await trainer.end(signal.SIGTERM) < DRAIN_S
     assert trainer.process is not None
     assert trainer.process.returncode == 0
+    await trainer.nothing_left()
+
+
+@pytest.mark.slow
+async def test_it_ends_with_ray_so_that_both_are_started_again(trainer: Trainer) -> None:
+    await trainer.until_health("Healthy")
+    os.kill(trainer.raylet(), signal.SIGKILL)
+    assert trainer.process is not None
+    async with asyncio.timeout(WARM_S):
+        assert await trainer.process.wait() != 0
     await trainer.nothing_left()
 
 
