@@ -13,9 +13,11 @@ if [ -n "$links" ]; then export UV_FIND_LINKS=$links; else torch=(--torch-backen
   -e libs/leptonic -e '.[preprocess,trainer,inference,kernels,embedded,examples]' --group dev
 # The first start finds its bytecode: half of a service's start-up is imports, and torch without it
 # costs a training worker 10 s.
-PYTHONDONTWRITEBYTECODE='' .venv/bin/python -c 'import stack.app, stack.collector, leptonic.cli
+export PYTHONDONTWRITEBYTECODE=
+.venv/bin/python -c 'import stack.app, stack.collector, leptonic.cli
 import services.ingest.app, services.preprocess.app, services.trainer.app
 import services.registry.app, services.inference.app, services.scheduler.app
-import ray.train.torch, services.trainer.member, sklearn.datasets, tritonclient.grpc'
+import ray.train.torch, services.trainer.member'
+.venv/bin/python -c 'import sklearn.datasets, tritonclient.grpc'
 touch .venv/.ready
 echo "set-up: $((SECONDS - started)) s, $(du -sh .venv | cut -f1) in .venv"
