@@ -21,7 +21,8 @@ PUBLISHED_COUNT = 60_000
 PUBLISH_S = 600.0
 TRAINING_S = 1800.0
 ACCURACY_OF_ARTICLES = 0.8679
-BATCH = 500
+BATCH = 64
+"""Rows of one request: what the deployment takes at once."""
 
 
 def run(data_dir: Path, folder: Path, console: Console, keep: bool) -> dict[str, Any]:
