@@ -20,8 +20,6 @@ class Stream(msgspec.Struct, frozen=True):
     subjects: tuple[str, ...]
     age_max_s: int
     size_max_bytes: int
-    keeps: bool = True
-    """False: a message goes once every consumer acked it (JetStream's interest policy)."""
 
 
 DAY_S = 86_400

@@ -11,7 +11,7 @@ import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolicy, StreamConfig
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamConfig
 from nats.js.client import JetStreamContext
 
 from libs.bus import (
@@ -108,7 +108,6 @@ class JetStreamBus:
                     max_age=stream.age_max_s,
                     max_bytes=stream.size_max_bytes,
                     duplicate_window=DEDUPLICATION_WINDOW_S,
-                    retention=RetentionPolicy.LIMITS if stream.keeps else RetentionPolicy.INTEREST,
                 )
             )
 
