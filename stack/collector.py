@@ -6,7 +6,7 @@
 import argparse
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,8 +146,14 @@ def read_door(spans: Spans) -> list[Route]:
     async def traces(request: Request) -> Response:
         query = request.query_params
         attribute, value = query.get("attribute", ""), query.get("value", "")
-        found = await spans.call(store.traces, attribute, value, limit_of(query.get("limit", "")))
+        limit = number_of(query, "limit", LISTED)
+        found = await spans.call(store.traces, attribute, value, limit)
         return json({"traces": found})
+
+    async def orphaned(request: Request) -> Response:
+        query = request.query_params
+        since_ns, limit = number_of(query, "since_ns", 1), number_of(query, "limit", LISTED)
+        return json({"spans": await spans.call(store.orphans, since_ns, limit)})
 
     async def services(_: Request) -> Response:
         return json({"services": await spans.call(store.services)})
@@ -156,14 +162,16 @@ def read_door(spans: Spans) -> list[Route]:
         Route("/v1/traces", traces),
         Route("/v1/traces/{trace_id}", trace),
         Route("/v1/story/{trace_id}", story),
+        Route("/v1/orphans", orphaned),
         Route("/v1/services", services),
     ]
 
 
-def limit_of(text: str) -> int:
+def number_of(query: Mapping[str, str], name: str, default: int) -> int:
+    text = query.get(name, "")
     if text and not (text.isascii() and text.isdigit() and int(text)):
-        raise Invalid(f"{text!r} is not a number above 0", "limit")
-    return int(text or LISTED)
+        raise Invalid(f"{text!r} is not a number above 0", name)
+    return int(text or default)
 
 
 def told(trace_id: str, spans: list[Span]) -> Response:
@@ -185,7 +193,7 @@ def json(body: Any) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def serving(path: Path, otlp_port: int, http_port: int) -> Any:
+async def serving(path: Path, host: str, otlp_port: int, http_port: int) -> Any:
     async def ready() -> bool:
         return True
 
@@ -194,21 +202,23 @@ async def serving(path: Path, otlp_port: int, http_port: int) -> Any:
 
     with contextlib.closing(Spans(path)) as spans:
         app = http_app("leptonic traces", [], ready, read_door(spans))
-        grpc_opened = grpc_door(LOOPBACK, otlp_port, add, [SERVICE], ready)
-        async with grpc_opened as otlp, http_door(LOOPBACK, http_port, app) as http:
+        grpc_opened = grpc_door(host, otlp_port, add, [SERVICE], ready)
+        async with grpc_opened as otlp, http_door(host, http_port, app) as http:
             yield otlp, http
 
 
-async def main(path: Path, otlp_port: int, http_port: int) -> None:
-    telemetry.log_to_stderr("collector", "INFO")
-    async with serving(path, otlp_port, http_port):
+async def main(path: Path, host: str, otlp_port: int, http_port: int) -> None:
+    telemetry.identify("collector")
+    async with serving(path, host, otlp_port, http_port):
         await until_stopped()
 
 
 if __name__ == "__main__":
+    telemetry.log_everything("collector")
     parser = argparse.ArgumentParser(prog="python -m stack.collector", description=__doc__)
     parser.add_argument("--file", type=Path, required=True, help="SQLite file")
+    parser.add_argument("--host", default=LOOPBACK, help="address both doors listen on")
     parser.add_argument("--otlp-port", type=int, required=True, help="OTLP/gRPC in")
     parser.add_argument("--http-port", type=int, required=True, help="JSON out")
     given = parser.parse_args()
-    uvloop.run(main(given.file, given.otlp_port, given.http_port))
+    uvloop.run(main(given.file, given.host, given.otlp_port, given.http_port))

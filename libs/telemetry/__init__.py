@@ -4,9 +4,6 @@ A place in a trace is passed around as its W3C `traceparent`: a string that fits
 and an event.
 """
 
-import json
-import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,7 +15,23 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
-__all__ = ["Link", "Span", "SpanKind", "current", "log_to_stderr", "span", "start"]
+from libs.telemetry.logs import JsonLines, log_everything, log_to_stderr
+from libs.telemetry.process import VERSION, identify, service
+
+__all__ = [
+    "VERSION",
+    "JsonLines",
+    "Link",
+    "Span",
+    "SpanKind",
+    "current",
+    "identify",
+    "log_everything",
+    "log_to_stderr",
+    "service",
+    "span",
+    "start",
+]
 
 EXPORT_DELAY_MS = 200
 LINKS_MAX = 64
@@ -26,10 +39,15 @@ LINKS_MAX = 64
 
 
 @contextmanager
-def start(service: str, endpoint: str, log_level: str = "INFO") -> Iterator[None]:
-    """Sends this process's spans to `endpoint` (host:port, OTLP/gRPC) until the block ends."""
-    log_to_stderr(service, log_level)
-    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+def start(name: str, endpoint: str, log_level: str = "INFO") -> Iterator[None]:
+    """Sends this process's spans to `endpoint` (host:port, OTLP/gRPC) until the block ends.
+
+    `name` is the service's, in its spans, its logs and its metrics.
+    """
+    log_to_stderr(name, log_level)
+    identify(name)
+    about = {"service.name": name, "service.version": VERSION}
+    provider = TracerProvider(resource=Resource.create(about))
     if endpoint:
         exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=5)
         processor = BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_DELAY_MS)
@@ -93,33 +111,3 @@ def span_context_of(traceparent: str) -> trace.SpanContext:
 
 def mark_failed(one: Span, reason: str) -> None:
     one.set_status(StatusCode.ERROR, reason)
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def __init__(self, service: str) -> None:
-        super().__init__()
-        self.service = service
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
-            "level": record.levelname,
-            "service": self.service,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        place = trace.get_current_span().get_span_context()
-        if place.is_valid:
-            line["trace_id"] = format(place.trace_id, "032x")
-            line["span_id"] = format(place.span_id, "016x")
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def log_to_stderr(service: str, level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(service))
-    logging.basicConfig(handlers=[handler], level=level, force=True)

@@ -254,6 +254,9 @@ def take_back_sigterm() -> None:
 
 
 def start_ray(folder: str, cpus: int) -> None:
+    said_by_ray = logging.getLogger("ray")
+    said_by_ray.handlers.clear()  # it would print plain lines beside the service's JSON
+    said_by_ray.propagate = True
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -9,6 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from libs import telemetry
 
 PARENT = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+ROOT = Path(__file__).resolve().parents[3]
 OTHER = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
 
 if not isinstance(trace.get_tracer_provider(), TracerProvider):
@@ -64,3 +69,50 @@ def test_log_lines_are_json_with_the_trace() -> None:
         line = json.loads(telemetry.JsonLines("ingest").format(record))
     assert (line["message"], line["level"], line["service"]) == ("it went", "WARNING", "ingest")
     assert line["trace_id"] == "a" * 32
+
+
+def said(program: str) -> list[dict[str, str]]:
+    """What a service that runs this program says, line by line."""
+    start = "from libs import telemetry\ntelemetry.log_everything('test')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + program], capture_output=True, text=True, check=False
+    )
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_an_error_that_ends_the_process_is_one_json_line() -> None:
+    (line,) = said("{}['port']")
+    assert (line["level"], line["message"]) == ("CRITICAL", "ends: KeyError: 'port'")
+    assert "Traceback" in line["exception"]
+
+
+def test_warnings_and_errors_of_threads_are_json_lines() -> None:
+    (warned,) = said("import warnings; warnings.warn('old')")
+    assert (warned["level"], warned["logger"]) == ("WARNING", "py.warnings")
+    (ended,) = said("import threading; threading.Thread(target=lambda: 1 / 0, name='t').start()")
+    assert ended["message"] == "thread t ends: division by zero"
+
+
+def test_an_error_nobody_can_catch_is_a_json_line() -> None:
+    (line,) = said("class A:\n  def __del__(self): raise OSError('late')\nA()")
+    assert "late" in line["exception"]
+
+
+def test_a_task_that_failed_unseen_is_a_json_line() -> None:
+    program = """
+import asyncio, uvloop
+async def main():
+    asyncio.create_task(fail())
+    await asyncio.sleep(0)
+async def fail():
+    raise OSError("unseen")
+uvloop.run(main())
+"""
+    (line,) = said(program)
+    assert line["logger"] == "asyncio"
+    assert "unseen" in line["exception"]
+
+
+def test_the_release_is_the_one_that_is_packaged() -> None:
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert packaged == telemetry.VERSION
