@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,6 +22,7 @@ from starlette.routing import Route
 from libs import telemetry
 from libs.doors import Refused
 from libs.doors.gateway import on_refused, openapi, routes
+from libs.doors.metrics import CountedCalls, CountedRequests
 
 MESSAGE_BYTES_MAX = 64 << 20
 DRAIN_S = 4.0
@@ -91,7 +93,7 @@ async def grpc_door(
     """
     size = ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)
     server = grpc.aio.server(
-        interceptors=[Refusals(own_span)], options=[size, *reuse(shared=False)]
+        interceptors=[CountedCalls(), Refusals(own_span)], options=[size, *reuse(shared=False)]
     )
     add(server)
     checks = health.aio.HealthServicer()
@@ -150,6 +152,7 @@ def http_app(
     return Starlette(
         routes=[*own, *extra, *api],
         exception_handlers={Refused: on_refused},
+        middleware=[Middleware(CountedRequests)],
     )
 
 
