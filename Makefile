@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-long check bench generate format clean
+.PHONY: help setup demo test test-long test-compose images-offline check bench generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,9 @@ test: check ## check, then every test
 
 test-long: setup ## minutes of training on real data: the articles' case
 	@$(PYTHON) -m pytest -m long -s
+
+images-offline: ## stand-ins for the base images, where no image registry is reached
+	@scripts/images_offline.sh
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench

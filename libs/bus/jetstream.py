@@ -4,14 +4,21 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 
 import nats
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, StreamConfig
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    DiscardPolicy,
+    RetentionPolicy,
+    StreamConfig,
+)
 from nats.js.client import JetStreamContext
 
 from libs.bus import (
@@ -98,15 +105,19 @@ class JetStreamBus:
         """Whether the server can be reached now."""
         return self.client.is_connected
 
-    async def create_streams(self) -> None:
+    async def create_streams(self, streams: Collection[Stream] = STREAMS) -> None:
         """Creates what is missing; what is there is left as it is."""
-        for stream in STREAMS:
+        for stream in streams:
+            full = DiscardPolicy.NEW if stream.is_queue else DiscardPolicy.OLD
+            kept = RetentionPolicy.WORK_QUEUE if stream.is_queue else RetentionPolicy.LIMITS
             await self.context.add_stream(
                 StreamConfig(
                     name=stream.name,
                     subjects=list(stream.subjects),
                     max_age=stream.age_max_s,
                     max_bytes=stream.size_max_bytes,
+                    retention=kept,
+                    discard=full,
                     duplicate_window=DEDUPLICATION_WINDOW_S,
                 )
             )
@@ -190,8 +201,13 @@ class JetStreamBus:
 
 
 @contextlib.asynccontextmanager
-async def connect(url: str, token: str = "", name: str = "") -> AsyncIterator[JetStreamBus]:
-    """Connects for as long as the block lasts; waits for a server that is not there yet."""
+async def connect(
+    url: str, token: str = "", name: str = "", streams: Collection[Stream] = STREAMS
+) -> AsyncIterator[JetStreamBus]:
+    """Connects for as long as the block lasts; waits for a server that is not there yet.
+
+    Creates `streams` where they are missing.
+    """
 
     async def on_error(error: Exception) -> None:
         log.warning("nats: %s", error or type(error).__name__)
@@ -208,10 +224,12 @@ async def connect(url: str, token: str = "", name: str = "") -> AsyncIterator[Je
     )
     bus = JetStreamBus(client)
     try:
-        await bus.create_streams()
+        await bus.create_streams(streams)
         yield bus
     finally:
         # Not `drain`: it waits for a pull consumer's status messages, which nobody takes.
         with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
             await client.flush(timeout=CLOSE_S)
-        await client.close()
+        # Closing a connection whose server was killed can end as cancelled (nats-py 2.16): nobody
+        # cancelled us.
+        await asyncio.wait([asyncio.ensure_future(client.close())])

@@ -2,14 +2,18 @@
 
 A field of `Common` is the variable `LEPTONIC_<FIELD>`; a field a service adds is
 `LEPTONIC_<SERVICE>_<FIELD>`. A variable with one of these prefixes that nobody knows is an error.
+A secret may be a file: where `LEPTONIC_SECRETS_DIR` names a folder, a file in it that is called as
+a variable holds its value.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+SECRETS_DIR = "LEPTONIC_SECRETS_DIR"
 SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler")
 
 
@@ -32,6 +36,10 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     otlp_endpoint: Annotated[str, Meta(description="host:port for OTLP/gRPC; empty: none")] = ""
     registry_grpc: Annotated[str, Meta(description="the registry's gRPC door")] = "127.0.0.1:9013"
     ingest_grpc: Annotated[str, Meta(description="ingest's gRPC door")] = "127.0.0.1:9010"
+    share_ports: Annotated[bool, Meta(description="a newer process may take the doors over")] = (
+        False
+    )
+    drain_s: Annotated[float, Meta(description="seconds a balancer has to notice a SIGTERM")] = 0.0
     log_level: Annotated[str, Meta(description="DEBUG, INFO, WARNING or ERROR")] = "INFO"
 
 
@@ -51,8 +59,10 @@ def load(kind: type[S], service: str, environment: Mapping[str, str]) -> S:
     """Environment -> settings. Raises `Unknown`, which names the variable."""
     known = variables(kind, service)
     values = {}
-    for name, text in environment.items():
+    for name, text in {**secrets(environment), **environment}.items():
         if not name.startswith("LEPTONIC_") or is_of_another_service(name, service):
+            continue
+        if name == SECRETS_DIR:
             continue
         if name not in known:
             raise Unknown(f"{name}: no such setting; docs/settings.md lists them all")
@@ -61,6 +71,21 @@ def load(kind: type[S], service: str, environment: Mapping[str, str]) -> S:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise Unknown(f"settings of {service}: {error}") from error
+
+
+def secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variable -> value, from the folder of files. Raises `Unknown` when it cannot be read."""
+    folder = environment.get(SECRETS_DIR)
+    if not folder:
+        return {}
+    try:
+        files = sorted(Path(folder).glob("LEPTONIC_*"))
+        found = {file.name: file.read_text().strip() for file in files}
+    except OSError as error:
+        raise Unknown(f"{SECRETS_DIR}: {error}") from error
+    if not found:
+        raise Unknown(f"{SECRETS_DIR}: no file in {folder} is called LEPTONIC_...")
+    return found
 
 
 def is_of_another_service(name: str, service: str) -> bool:

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import Link, SpanKind, format_trace_id
 
 from stack import collector
+from stack.ports import LOOPBACK
 
 
 async def get(port: int, path: str) -> Any:
@@ -50,7 +51,7 @@ def send_two_linked_traces(port: int) -> tuple[str, str]:
 
 
 async def test_spans_sent_by_the_sdk_are_told_as_one_story(tmp_path: Path) -> None:
-    async with collector.serving(tmp_path / "traces.db", 0, 0) as (otlp, http):
+    async with collector.serving(tmp_path / "traces.db", LOOPBACK, 0, 0) as (otlp, http):
         first, second = await asyncio.to_thread(send_two_linked_traces, otlp)
         trace = await get(http, f"/v1/traces/{first}")
         assert [(row["depth"], row["name"]) for row in trace["tree"]] == [(0, "land"), (1, "write")]
@@ -72,9 +73,9 @@ async def test_spans_sent_by_the_sdk_are_told_as_one_story(tmp_path: Path) -> No
 
 
 async def test_stored_spans_are_there_after_a_restart(tmp_path: Path) -> None:
-    async with collector.serving(tmp_path / "traces.db", 0, 0) as (otlp, _):
+    async with collector.serving(tmp_path / "traces.db", LOOPBACK, 0, 0) as (otlp, _):
         first, _ = await asyncio.to_thread(send_two_linked_traces, otlp)
-    async with collector.serving(tmp_path / "traces.db", 0, 0) as (_, http):
+    async with collector.serving(tmp_path / "traces.db", LOOPBACK, 0, 0) as (_, http):
         assert len((await get(http, f"/v1/traces/{first}"))["spans"]) == 2
 
 
@@ -86,7 +87,7 @@ async def test_a_span_with_a_short_id_is_refused_and_the_rest_kept(tmp_path: Pat
         resource_spans=[trace_pb2.ResourceSpans(scope_spans=[scope])]
     )
     async with (
-        collector.serving(tmp_path / "traces.db", 0, 0) as (otlp, http),
+        collector.serving(tmp_path / "traces.db", LOOPBACK, 0, 0) as (otlp, http),
         grpc.aio.insecure_channel(f"127.0.0.1:{otlp}") as channel,
     ):
         answer = await trace_service_pb2_grpc.TraceServiceStub(channel).Export(request)  # type: ignore[no-untyped-call]
@@ -102,7 +103,7 @@ async def test_a_span_with_a_short_id_is_refused_and_the_rest_kept(tmp_path: Pat
 async def test_a_wrong_question_is_refused(
     tmp_path: Path, path: str, status: int, field: str
 ) -> None:
-    async with collector.serving(tmp_path / "traces.db", 0, 0) as (_, http):
+    async with collector.serving(tmp_path / "traces.db", LOOPBACK, 0, 0) as (_, http):
         with pytest.raises(urllib.error.HTTPError) as refused:
             await get(http, path)
         with refused.value as answer:

@@ -1,5 +1,6 @@
 """Configuration: read once, typed, and unknown variables are errors."""
 
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -37,3 +38,23 @@ def test_every_field_has_a_variable() -> None:
     names = variables(Settings, "ingest")
     assert len(names) == len(Settings.__struct_fields__)
     assert {"LEPTONIC_NATS_URL", "LEPTONIC_INGEST_HTTP_PORT"} <= names.keys()
+
+
+def test_a_secret_may_be_a_file_and_the_environment_wins(tmp_path: Path) -> None:
+    (tmp_path / "LEPTONIC_NATS_TOKEN").write_text("from a file\n")
+    (tmp_path / "LEPTONIC_S3_SECRET_KEY").write_text("from a file")
+    (tmp_path / "password").write_text("not ours")
+    environment = {"LEPTONIC_SECRETS_DIR": str(tmp_path), "LEPTONIC_S3_SECRET_KEY": "set"}
+    loaded = load(Settings, "ingest", environment)
+    assert (loaded.nats_token, loaded.s3_secret_key) == ("from a file", "set")
+
+
+def test_a_folder_without_secrets_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(Unknown, match="LEPTONIC_SECRETS_DIR"):
+        load(Settings, "ingest", {"LEPTONIC_SECRETS_DIR": str(tmp_path)})
+
+
+def test_a_file_that_is_no_setting_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "LEPTONIC_NATS_TOKENS").write_text("x")
+    with pytest.raises(Unknown, match="LEPTONIC_NATS_TOKENS"):
+        load(Settings, "ingest", {"LEPTONIC_SECRETS_DIR": str(tmp_path)})

@@ -1,0 +1,39 @@
+# One service, or the trace collector: `docker build --build-arg SERVICE=ingest .`
+# Its dependencies are a layer of their own, which a change of code leaves alone.
+FROM python:3.11-bookworm AS build
+RUN pip install --no-cache-dir -q --root-user-action=ignore uv==0.13.8
+COPY pyproject.toml constraints.txt /src/
+WORKDIR /src
+ARG SERVICE
+ARG TORCH_BACKEND=cpu
+# A build image that sets UV_FIND_LINKS is an air-gapped builder's, with torch in that folder;
+# elsewhere uv picks the torch build for the backend.
+RUN --mount=type=cache,target=/root/.cache/uv \
+    [ -n "$UV_FIND_LINKS" ] || backend=--torch-backend=$TORCH_BACKEND; \
+    uv venv -q /venv \
+    && uv pip install -q -p /venv --compile-bytecode $backend -c constraints.txt \
+        -r pyproject.toml --extra "$SERVICE" \
+    && rm -rf /venv/lib/python3.11/site-packages/onnx/backend/test
+COPY libs /app/libs
+COPY stack /app/stack
+COPY services /app/services
+RUN cd /app/services && for one in */; do [ "$one" = "$SERVICE/" ] || rm -r "$one"; done \
+    && { [ "$SERVICE" = collector ] || rm -r /app/stack; } && python3 -m compileall -q /app
+
+FROM python:3.11-slim-bookworm
+ARG SERVICE
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="leptonic-$SERVICE" \
+      org.opencontainers.image.description="Leptonic: the service $SERVICE" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin leptonic \
+    && mkdir /data && chown leptonic /data
+COPY --from=build /venv /venv
+COPY --from=build /app /app
+WORKDIR /app
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SERVICE=$SERVICE
+USER 10001
+HEALTHCHECK --interval=3s --timeout=3s --start-period=60s --retries=5 \
+    CMD ["python", "-I", "-S", "libs/doors/healthy.py"]
+CMD ["sh", "-c", "exec python -m services.$SERVICE"]

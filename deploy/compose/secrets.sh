@@ -1,0 +1,20 @@
+#!/bin/sh
+# Runs once before everything else, as root: makes what is not there yet, never prints it. Each
+# server gets a volume with its own secrets; the services share one.
+set -eu
+umask 077
+random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
+keep() { # FILE VALUE: written once, whole
+  [ -s "$1" ] || { printf '%s' "$2" >"$1.new"; mv "$1.new" "$1"; }
+}
+services=/secrets/services
+keep $services/LEPTONIC_NATS_TOKEN "$(random)"
+keep $services/LEPTONIC_S3_ACCESS_KEY "$(random)"
+keep $services/LEPTONIC_S3_SECRET_KEY "$(random)"
+keep /secrets/postgres/password "$(random)"
+keep $services/LEPTONIC_POSTGRES_DSN \
+  "host=postgres user=leptonic dbname=leptonic password=$(cat /secrets/postgres/password)"
+keep /secrets/nats/token.conf "authorization { token: \"$(cat $services/LEPTONIC_NATS_TOKEN)\" }"
+keep /secrets/s3/user "$(cat $services/LEPTONIC_S3_ACCESS_KEY)"
+keep /secrets/s3/password "$(cat $services/LEPTONIC_S3_SECRET_KEY)"
+chown -R 10001 $services
