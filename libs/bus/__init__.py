@@ -19,7 +19,10 @@ class Stream(msgspec.Struct, frozen=True):
     name: str
     subjects: tuple[str, ...]
     age_max_s: int
+    """0: however old."""
     size_max_bytes: int
+    is_queue: bool = False
+    """One consumer empties it, and a full one refuses a publish; others drop what is oldest."""
 
 
 DAY_S = 86_400
@@ -60,6 +63,19 @@ class Delivery(Protocol):
     async def in_progress(self) -> None: ...
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """What a durable consumer has not settled."""
+
+    waiting: int
+    """Messages not yet delivered."""
+    unacked: int
+    """Delivered and not acked."""
+
+    @property
+    def total(self) -> int:
+        return self.waiting + self.unacked
+
+
 class Subscription(Protocol):
     """A durable consumer's place in a stream."""
 
@@ -67,15 +83,17 @@ class Subscription(Protocol):
         """Up to `limit` deliveries; [] after `timeout_s` without any."""
         ...
 
-    async def pending(self) -> int:
-        """Messages not yet delivered plus those delivered and not acked.
-
-        Raises `ConnectionError` when the broker does not say.
-        """
+    async def backlog(self) -> Backlog:
+        """Raises `ConnectionError` when the broker does not say."""
         ...
 
 
 class Bus(Protocol):
+    @property
+    def connected(self) -> bool:
+        """Whether the broker can be reached now."""
+        ...
+
     async def publish(
         self, subject: str, payload: bytes, *, id: str, headers: Mapping[str, str] | None = None
     ) -> int:
