@@ -34,6 +34,7 @@ RELAY_BATCH_MAX = 256
 RELAY_POLL_S = 1.0
 INBOX_KEPT_DAYS = 31
 
+HELD_POLL_S = 0.1
 FOUNDATION = """
 create table if not exists migration (
     number int primary key,
@@ -124,6 +125,22 @@ class Database:
 
     async def relay(self, bus: Bus) -> None:
         """Publishes what was emitted, in order, until cancelled."""
+    @contextlib.asynccontextmanager
+    async def exclusively(self, name: str) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
+        """Waits until nobody holds `name`; it is ours for as long as the connection lasts."""
+        query = "select pg_try_advisory_lock(hashtext(%s)) as ours"
+        async with self.pool.connection() as connection:
+            try:
+                while True:
+                    row = await (await connection.execute(query, (name,))).fetchone()
+                    assert row is not None
+                    if row["ours"]:
+                        break
+                    await asyncio.sleep(HELD_POLL_S)
+                yield connection
+            finally:
+                await connection.close()  # back in the pool it would keep the lock
+
         while True:
             try:
                 sent = await self.relay_once(bus)

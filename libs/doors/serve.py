@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -18,9 +17,11 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from libs import telemetry
 from libs.doors import Refused
+from libs.doors.drain import Drain, Ready, stopped
 from libs.doors.gateway import on_refused, openapi, routes
 from libs.doors.metrics import CountedCalls, CountedRequests
 
@@ -29,8 +30,12 @@ DRAIN_S = 4.0
 """For each door; one after the other they stay within the 10 s a service has to end."""
 READY_POLL_S = 1.0
 CANCEL_AGAIN_S = 0.5
-
-Ready = Callable[[], Awaitable[bool]]
+AGE_MS = 5000
+"""Of a gRPC connection: its client opens another, and loses no request. Ending the server instead
+cancels what arrives while its good-bye is on the way."""
+IDLE_S = 75
+"""Of an HTTP connection; clients let go first (httpx: after 5 s), else their next request may
+meet our close."""
 
 
 class Refusals(grpc.aio.ServerInterceptor):
@@ -85,16 +90,19 @@ async def grpc_door(
     services: Sequence[ServiceDescriptor],
     ready: Ready,
     own_span: Collection[str] = (),
+    drain: Drain | None = None,
 ) -> AsyncIterator[int]:
     """Serves gRPC with health and reflection; yields the port. Drains when the block ends.
 
     `add` registers the servicers, `own_span` is for `Refusals`. Raises `OSError` when the port is
     in use.
     """
-    size = ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)
-    server = grpc.aio.server(
-        interceptors=[CountedCalls(), Refusals(own_span)], options=[size, *reuse(shared=False)]
-    )
+    options = [
+        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_connection_age_ms", AGE_MS),
+        *reuse(shared=await joined(drain, port)),
+    ]
+    server = grpc.aio.server(interceptors=[CountedCalls(), Refusals(own_span)], options=options)
     add(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -156,20 +164,49 @@ def http_app(
     )
 
 
+async def joined(drain: Drain | None, port: int) -> bool:
+    """Whether the door shares its port; where another process has it, once this one can answer."""
+    if drain is None:
+        return False
+    await drain.until_answerable(port)
+    drain.ports.add(port)
+    return drain.share_ports
+
+
+class Parting:
+    """Once its service leaves, an app says with each answer that the connection is over."""
+
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
+        self.app = app
+        self.drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def part(message: Message) -> None:
+            if self.drain.leaving and message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+            await send(message)
+
+        await self.app(scope, receive, part)
+
+
 @contextlib.asynccontextmanager
-async def http_door(host: str, port: int, app: Starlette) -> AsyncIterator[int]:
+async def http_door(
+    host: str, port: int, app: Starlette, drain: Drain | None = None
+) -> AsyncIterator[int]:
     """Serves HTTP; yields the port. Drains when the block ends.
 
     Raises `OSError` when the port is in use.
     """
+    shared = await joined(drain, port)
     config = uvicorn.Config(
-        app,
+        Parting(app, drain) if drain else app,
+        timeout_keep_alive=IDLE_S,
         lifespan="off",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=int(DRAIN_S),
     )
-    with contextlib.closing(listening(host, port)) as listener:
+    with contextlib.closing(listening(host, port, shared)) as listener:
         server = uvicorn.Server(config)
         task = asyncio.create_task(server._serve([listener]))
         try:
@@ -179,19 +216,15 @@ async def http_door(host: str, port: int, app: Starlette) -> AsyncIterator[int]:
             await task
 
 
-def listening(host: str, port: int) -> socket.socket:
-    listener = socket.create_server((host, port), backlog=1024)
+def listening(host: str, port: int, shared: bool) -> socket.socket:
+    listener = socket.create_server((host, port), backlog=1024, reuse_port=shared)
     listener.setblocking(False)
     return listener
 
 
 async def until_stopped() -> None:
     """Returns on SIGTERM or SIGINT."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
+    await stopped().wait()
 
 
 @contextlib.asynccontextmanager

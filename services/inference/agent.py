@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 OBSERVE_S = 1.0
 RETRY_S = 2.0
+REFRESH_S = 1.0
+"""Replicas of one node share what it was told: of that one of them, the others read."""
 FORGET_EVERY = 3600
 """Observations between two sweeps of the request log."""
 
@@ -84,10 +86,20 @@ class Agent:
             self.lacking.set()
 
     async def beat(self) -> None:
-        """Silent until it knows what it runs: an empty list would give its work away."""
+        """One process speaks for a node: its successor takes over once it has ended."""
         while True:
-            if self.owed is not None:
-                await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat())
+            try:
+                async with self.db.exclusively(f"node {self.node.name}"):
+                    await self.refresh()
+                    await self.speak()
+            except TRANSIENT as error:
+                log.warning("heartbeats: %s; again in %s s", error, BEAT_S)
+            await asyncio.sleep(BEAT_S)
+
+    async def speak(self) -> None:
+        """Knows what it runs: an empty list would give its work away."""
+        while True:
+            await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat())
             await asyncio.sleep(BEAT_S)
 
     def heartbeat(self) -> bytes:
@@ -107,7 +119,7 @@ class Agent:
         )
 
     async def run(self) -> None:
-        """Reconciles when woken, and again after a while as long as something is missing."""
+        """Reconciles when woken and every `REFRESH_S`; later while something is missing."""
         tries = 0
         while True:
             self.changed.clear()
@@ -118,7 +130,7 @@ class Agent:
             except TRANSIENT as error:
                 log.warning("deployments: %s; again in %s s", error, backoff_s(tries))
             with contextlib.suppress(TimeoutError):
-                again_s = backoff_s(tries) if tries else None
+                again_s = backoff_s(tries) if tries else REFRESH_S
                 await asyncio.wait_for(self.changed.wait(), again_s)
 
     async def refresh(self) -> None:

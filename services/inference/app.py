@@ -20,7 +20,8 @@ from libs.contracts.protos import (
 )
 from libs.database import TRANSIENT, Database
 from libs.doors import gateway
-from libs.doors.serve import background, grpc_door, http_app, http_door, until_stopped
+from libs.doors.drain import Drain
+from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
 from libs.settings import Common
 from services.inference import feedback
@@ -61,12 +62,12 @@ async def main(settings: Settings) -> None:
             bus = await stack.enter_async_context(
                 jetstream.connect(settings.nats_url, settings.nats_token, settings.node)
             )
-            await stack.enter_async_context(serving(settings, db, bus))
-            await until_stopped()
+            _, drain = await stack.enter_async_context(serving(settings, db, bus))
+            await drain.until_over()
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[Agent]:
+async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[tuple[Agent, Drain]]:
     """The replica, with its doors open. They close first when the block ends."""
     async with contextlib.AsyncExitStack() as stack:
         journal = Journal(bus)
@@ -93,8 +94,10 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[A
                 agent.observe(),
             )
         )
-        await stack.enter_async_context(doors(settings, Inference(db, bus, endpoints), agent))
-        yield agent
+        drain = Drain(agent.ready, settings.share_ports, settings.drain_s)
+        api = Inference(db, bus, endpoints)
+        await stack.enter_async_context(doors(settings, api, endpoints, drain))
+        yield agent, drain
 
 
 def store_of(settings: Settings) -> ObjectStore:
@@ -116,8 +119,10 @@ async def count_what_is_left(agent: Agent) -> None:
 
 
 @contextlib.asynccontextmanager
-async def doors(settings: Settings, api: Inference, agent: Agent) -> AsyncIterator[None]:
-    name, ready, endpoints = settings.server_name, agent.ready, agent.endpoints
+async def doors(
+    settings: Settings, api: Inference, endpoints: Endpoints, drain: Drain
+) -> AsyncIterator[None]:
+    name, ready, host = settings.server_name, drain.ready, settings.host
 
     def add(server: grpc.aio.Server) -> None:
         oip = OpenInference(endpoints, name, ready)
@@ -127,14 +132,11 @@ async def doors(settings: Settings, api: Inference, agent: Agent) -> AsyncIterat
     label_door = gateway.route(api.SendFeedback, PLATFORM_API.methods_by_name["SendFeedback"])
     rest = [*Rest(endpoints, name, ready).routes(), label_door]
     services = [OPEN_INFERENCE, PLATFORM_API]
+    platform = http_app("Leptonic inference", [(api, PLATFORM_API)], ready)
     async with (
-        grpc_door(settings.host, settings.grpc_port, add, services, ready, [MODEL_INFER]),
-        http_door(settings.host, settings.http_port, http_app("Inference", [], ready, rest)),
-        http_door(settings.host, settings.metrics_port, http_app("Metrics", [], ready)),
-        http_door(
-            settings.host,
-            settings.api_port,
-            http_app("Leptonic inference", [(api, PLATFORM_API)], ready),
-        ),
+        grpc_door(host, settings.grpc_port, add, services, ready, [MODEL_INFER], drain),
+        http_door(host, settings.http_port, http_app("Inference", [], ready, rest), drain),
+        http_door(host, settings.metrics_port, http_app("Metrics", [], ready), drain),
+        http_door(host, settings.api_port, platform, drain),
     ):
         yield

@@ -13,7 +13,8 @@ from starlette.routing import Route
 from libs.bus import TRACE_HEADER
 from libs.contracts.artifacts import Tensor
 from libs.doors import Exhausted, Invalid, NotFound, Refused
-from libs.doors.serve import MESSAGE_BYTES_MAX, Ready
+from libs.doors.drain import Ready
+from libs.doors.serve import MESSAGE_BYTES_MAX
 from services.inference import tensors
 from services.inference.endpoints import PLATFORM, Answer, Call, Endpoints
 from services.inference.server import EXTENSIONS, MICROSECONDS, SERVER_VERSION, statistics_of

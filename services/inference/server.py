@@ -17,7 +17,7 @@ from libs.contracts.protos import inference_pb2, inference_pb2_grpc, open_infere
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.database import TRANSIENT, Database, Transaction
 from libs.doors import Invalid, NotFound, Refused, Unavailable
-from libs.doors.serve import Ready
+from libs.doors.drain import Ready
 from services.inference import domain, feedback, store, tensors
 from services.inference.endpoints import PLATFORM, Answer, Call, Endpoint, Endpoints, Served
 from services.inference.statistics import Duration

@@ -9,6 +9,7 @@ from libs import database, settings, telemetry
 from libs.bus import jetstream, loop
 from libs.contracts.protos import ingest_pb2, ingest_pb2_grpc
 from libs.doors import serve
+from libs.doors.drain import Drain
 from libs.objectstore import ObjectStore, Unavailable
 from services.ingest.handlers import HANDLERS, Context
 from services.ingest.landing import Landing
@@ -55,6 +56,7 @@ async def main(settings: Settings) -> None:
                 landing.run(),
             )
         )
+        drain = Drain(ready, settings.share_ports, settings.drain_s)
         service = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
         servicer = Servicer(db)
         await stack.enter_async_context(
@@ -63,10 +65,14 @@ async def main(settings: Settings) -> None:
                 settings.grpc_port,
                 lambda server: ingest_pb2_grpc.add_IngestServicer_to_server(servicer, server),
                 [service],
-                ready,
+                drain.ready,
+                drain=drain,
             )
         )
-        app = serve.http_app("Ingest", [(servicer, service)], ready, [RecordsDoor(bus, db).route])
-        await stack.enter_async_context(serve.http_door(settings.host, settings.http_port, app))
-        await serve.until_stopped()
+        records = RecordsDoor(bus, db).route
+        app = serve.http_app("Ingest", [(servicer, service)], drain.ready, [records])
+        await stack.enter_async_context(
+            serve.http_door(settings.host, settings.http_port, app, drain)
+        )
+        await drain.until_over()
         await landing.drain()

@@ -10,7 +10,8 @@ from msgspec import Meta
 from libs import database, settings, telemetry
 from libs.bus import jetstream, loop
 from libs.contracts.protos import preprocess_pb2_grpc
-from libs.doors.serve import background, grpc_door, http_app, http_door, until_stopped
+from libs.doors.drain import Drain
+from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
 from services.preprocess import request_log, worker
 from services.preprocess.handlers import HANDLERS, Context
@@ -49,11 +50,6 @@ async def main(config: Settings) -> None:
                 preprocess_pb2_grpc.add_PreprocessServicer_to_server(servicer, server)
 
             await stack.enter_async_context(
-                grpc_door(config.host, config.grpc_port, add, [SERVICE], db.ready)
-            )
-            app = http_app(NAME, [(servicer, SERVICE)], db.ready)
-            await stack.enter_async_context(http_door(config.host, config.http_port, app))
-            await stack.enter_async_context(
                 background(
                     db.relay(bus),
                     loop.run(bus, NAME, HANDLERS, context, database.TRANSIENT),
@@ -61,4 +57,10 @@ async def main(config: Settings) -> None:
                     request_log.run(bus, context),
                 )
             )
-            await until_stopped()
+            drain = Drain(db.ready, config.share_ports, config.drain_s)
+            await stack.enter_async_context(
+                grpc_door(config.host, config.grpc_port, add, [SERVICE], drain.ready, drain=drain)
+            )
+            app = http_app(NAME, [(servicer, SERVICE)], drain.ready)
+            await stack.enter_async_context(http_door(config.host, config.http_port, app, drain))
+            await drain.until_over()

@@ -9,7 +9,8 @@ from libs import database, telemetry
 from libs.bus import jetstream, loop
 from libs.contracts.protos import registry_pb2, registry_pb2_grpc
 from libs.database import TRANSIENT
-from libs.doors.serve import background, grpc_door, http_app, http_door, until_stopped
+from libs.doors.drain import Drain
+from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
 from libs.settings import Common
 from services.registry import feed
@@ -45,6 +46,9 @@ async def main(settings: Settings) -> None:
             await objects.create_bucket()
             context = Context(db, objects)
             servicer = Registry(context)
+            handling = loop.run(bus, "registry", HANDLERS, context, TRANSIENT)
+            await stack.enter_async_context(background(db.relay(bus), handling))
+            drain = Drain(db.ready, settings.share_ports, settings.drain_s)
             await stack.enter_async_context(
                 grpc_door(
                     settings.host,
@@ -53,11 +57,13 @@ async def main(settings: Settings) -> None:
                         servicer, server
                     ),
                     [SERVICE],
-                    db.ready,
+                    drain.ready,
+                    drain=drain,
                 )
             )
-            app = http_app("Leptonic registry", [(servicer, SERVICE)], db.ready, feed.routes(bus))
-            await stack.enter_async_context(http_door(settings.host, settings.http_port, app))
-            handling = loop.run(bus, "registry", HANDLERS, context, TRANSIENT)
-            await stack.enter_async_context(background(db.relay(bus), handling))
-            await until_stopped()
+            routes = feed.routes(bus)
+            app = http_app("Leptonic registry", [(servicer, SERVICE)], drain.ready, routes)
+            await stack.enter_async_context(
+                http_door(settings.host, settings.http_port, app, drain)
+            )
+            await drain.until_over()

@@ -11,7 +11,8 @@ from libs.bus import jetstream
 from libs.contracts.protos import scheduler_pb2
 from libs.contracts.protos.scheduler_pb2_grpc import add_SchedulerServicer_to_server
 from libs.database import TRANSIENT, connect
-from libs.doors.serve import background, grpc_door, http_app, http_door, until_stopped
+from libs.doors.drain import Drain
+from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.settings import Common
 from services.scheduler.executor import BusExecutor
 from services.scheduler.handlers import Context
@@ -41,17 +42,23 @@ async def main(settings: Settings) -> None:
         context = Context(writer, Liveness([], 0.0))
         doors = Doors(context)
 
-        async def ready() -> bool:
-            """A standby is not ready."""
-            return writer.leads and await db.ready()
-
         def add(server: grpc.aio.Server) -> None:
             add_SchedulerServicer_to_server(doors, server)
 
-        await enter(grpc_door(settings.host, settings.grpc_port, add, [API], ready))
-        app = http_app("Leptonic scheduler", [(doors, API)], ready)
-        await enter(http_door(settings.host, settings.http_port, app))
         await enter(background(db.relay(bus), lead(context, bus)))
-        await until_stopped()
-        with contextlib.suppress(*TRANSIENT):  # a standby has nothing to keep
-            await writer.rest()
+        # A standby is ready too: what it is asked waits until it leads.
+        drain = Drain(db.ready, settings.share_ports, settings.drain_s)
+        host, ready = settings.host, drain.ready
+        async with (
+            grpc_door(host, settings.grpc_port, add, [API], ready, drain=drain),
+            http_door(
+                host,
+                settings.http_port,
+                http_app("Leptonic scheduler", [(doors, API)], ready),
+                drain,
+            ),
+        ):
+            await drain.until_over()
+        if writer.leading.is_set():
+            with contextlib.suppress(*TRANSIENT):
+                await writer.rest()

@@ -18,13 +18,15 @@ from libs.database import TRANSIENT
 from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
 from services.scheduler.stimuli import Heartbeat, Tick
-from services.scheduler.store import LEADER_POLL_S
+from services.scheduler.store import LEADER
 
 log = logging.getLogger(__name__)
 HEARTBEATS = "heartbeats.>"
 EAR = "heartbeats._scheduler"
 """What the scheduler says to hear whether it hears."""
 TICK_S = 0.5
+HOLD_S = 1.0
+"""Between two looks at whether the lock is still ours."""
 
 
 async def lead(context: Context, bus: Bus) -> None:
@@ -32,16 +34,17 @@ async def lead(context: Context, bus: Bus) -> None:
     writer = context.writer
     while True:
         try:
-            async with writer.store.leadership() as connection:
+            async with writer.store.db.exclusively(LEADER) as connection:
                 log.info("leads")
                 try:
-                    writer.leads, writer.committed = True, None
+                    writer.committed = None
+                    writer.leading.set()
                     await work(context, bus, connection)
                 finally:
-                    writer.leads = False
+                    writer.leading.clear()
         except* TRANSIENT as group:
             log.warning("leads no more: %s", [str(error) for error in group.exceptions])
-        await asyncio.sleep(LEADER_POLL_S)
+        await asyncio.sleep(HOLD_S)
 
 
 async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow]) -> None:
@@ -59,7 +62,7 @@ async def hold(lock: psycopg.AsyncConnection[DictRow]) -> None:
     """Raises `psycopg.OperationalError` once the lock's connection is gone."""
     while True:
         await lock.execute("select 1")
-        await asyncio.sleep(LEADER_POLL_S)
+        await asyncio.sleep(HOLD_S)
 
 
 class Pulse:

@@ -1,17 +1,13 @@
-"""The scheduler's log in Postgres: stimuli, snapshots, and the lock of the one who leads.
+"""The scheduler's log in Postgres: stimuli and snapshots.
 
 The log is the state. A line holds the digest of what was decided on it, so that a replay
 that decides otherwise is found out instead of being believed.
 """
 
-import asyncio
-import contextlib
 import hashlib
-from collections.abc import AsyncIterator
 
 import msgspec
 import psycopg
-from psycopg.rows import DictRow
 
 from libs.contracts.events import Event
 from libs.database import Database, Transaction
@@ -22,7 +18,7 @@ SNAPSHOT_EVERY = 1000
 LOG_KEPT = 100_000
 """Lines kept behind the last snapshot, for whoever wants to know what happened."""
 LEADER = "leptonic.scheduler"
-LEADER_POLL_S = 1.0
+"""Name of the lock of the one who leads."""
 
 MIGRATIONS = (
     """
@@ -88,22 +84,6 @@ class Store:
         await tx.execute("delete from snapshot")
         await tx.execute("insert into snapshot values (%s, %s)", (scheduler.sequence, state))
         await tx.execute("delete from log where sequence <= %s", (scheduler.sequence - LOG_KEPT,))
-
-    @contextlib.asynccontextmanager
-    async def leadership(self) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
-        """Waits as standby until the lock is ours; it lasts as long as its connection."""
-        async with self.db.pool.connection() as connection:
-            query = "select pg_try_advisory_lock(hashtext(%s)) as ours"
-            while True:
-                row = await (await connection.execute(query, (LEADER,))).fetchone()
-                assert row is not None
-                if row["ours"]:
-                    break
-                await asyncio.sleep(LEADER_POLL_S)
-            try:
-                yield connection
-            finally:
-                await connection.close()  # back in the pool it would keep the lock
 
 
 def digest(decided: list[Event]) -> str:

@@ -20,28 +20,42 @@ from services.scheduler.executor import Executor
 from services.scheduler.stimuli import Stimulus
 from services.scheduler.store import Store
 
+LEAD_WAIT_S = 15.0
+"""Longer than a scheduler that is replaced answers what it was asked."""
+
 
 class Standby(ConnectionError):
-    """Another scheduler leads; this one waits."""
+    """Another scheduler leads, and does not end; this one waits."""
 
 
 class Writer:
     def __init__(self, store: Store, executor: Executor) -> None:
         self.store = store
         self.executor = executor
-        self.leads = False
+        self.leading = asyncio.Event()
         self.lock = asyncio.Lock()
         self.committed: Scheduler | None = None
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[Scheduler]:
-        """The committed state, for one reader or writer at a time. Raises `Standby`."""
+        """The committed state, for one reader or writer at a time.
+
+        Not yet in the lead, it waits: whoever leads is being replaced. Raises `Standby`.
+        """
+        await self.until_leading()
         async with self.lock:
-            if not self.leads:
-                raise Standby("this scheduler is a standby: another one leads")
+            if not self.leading.is_set():
+                raise Standby("this scheduler leads no more")
             if self.committed is None:
                 self.committed = await self.store.load()
             yield self.committed
+
+    async def until_leading(self) -> None:
+        try:
+            async with asyncio.timeout(LEAD_WAIT_S):
+                await self.leading.wait()
+        except TimeoutError as error:
+            raise Standby(f"another scheduler has led for {LEAD_WAIT_S:.0f} s") from error
 
     async def take(self, stimulus: Stimulus, event_id: str = "") -> None:
         """Handles one stimulus; one with an event's id takes effect once."""

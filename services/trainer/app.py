@@ -16,7 +16,8 @@ from libs.bus import Bus, jetstream, loop
 from libs.contracts.events import Resources
 from libs.contracts.protos import trainer_pb2, trainer_pb2_grpc
 from libs.database import TRANSIENT, Database
-from libs.doors.serve import background, grpc_door, http_app, http_door, until_stopped
+from libs.doors.drain import Drain
+from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
 from libs.settings import Common
 from services.trainer import session
@@ -50,12 +51,12 @@ async def main(settings: Settings) -> None:
             bus = await stack.enter_async_context(
                 jetstream.connect(settings.nats_url, settings.nats_token, settings.node)
             )
-            await stack.enter_async_context(serving(settings, db, bus))
-            await until_stopped()
+            _, drain = await stack.enter_async_context(serving(settings, db, bus))
+            await drain.until_over()
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[Agent]:
+async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[tuple[Agent, Drain]]:
     """Ready before Ray is: until then the node says that it is initializing."""
     async with contextlib.AsyncExitStack() as stack:
         objects = ObjectStore(
@@ -80,21 +81,29 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[A
         await stack.enter_async_context(background(db.relay(bus), warm(settings, agent, folder)))
         await stack.enter_async_context(agent.running())
         context = Context(db, objects, agent)
-        handling = loop.run(bus, settings.node, HANDLERS, context, TRANSIENT)
-        await stack.enter_async_context(background(handling))
-        await stack.enter_async_context(doors(settings, servicer, db))
-        yield agent
+        await stack.enter_async_context(
+            background(db.relay(bus), warm(settings, agent, folder), work(settings, bus, context))
+        )
+        drain = Drain(db.ready, settings.share_ports, settings.drain_s)
+        await stack.enter_async_context(doors(settings, Trainer(db), drain))
+        yield agent, drain
+
+
+async def work(settings: Settings, bus: Bus, context: Context) -> None:
+    """What a node does, one process of it at a time: a successor resumes what this one trains."""
+    async with context.db.exclusively(f"node {settings.node}"), context.agent.running():
+        await loop.run(bus, settings.node, HANDLERS, context, TRANSIENT)
 
 
 @contextlib.asynccontextmanager
-async def doors(settings: Settings, servicer: Trainer, db: Database) -> AsyncIterator[None]:
+async def doors(settings: Settings, servicer: Trainer, drain: Drain) -> AsyncIterator[None]:
     def add(server: grpc.aio.Server) -> None:
         trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, server)
 
-    app = http_app("Leptonic trainer", [(servicer, SERVICE)], db.ready)
+    app = http_app("Leptonic trainer", [(servicer, SERVICE)], drain.ready)
     async with (
-        grpc_door(settings.host, settings.grpc_port, add, [SERVICE], db.ready),
-        http_door(settings.host, settings.http_port, app),
+        grpc_door(settings.host, settings.grpc_port, add, [SERVICE], drain.ready, drain=drain),
+        http_door(settings.host, settings.http_port, app, drain),
     ):
         yield
 

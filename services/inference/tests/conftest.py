@@ -92,7 +92,7 @@ def platform(bus: JetStreamBus) -> Platform:
 async def started(settings: Settings, bus: JetStreamBus) -> AsyncIterator[Replica]:
     async with (
         database.connect(settings.postgres_dsn, "inference", MIGRATIONS) as db,
-        serving(settings, db, bus) as agent,
+        serving(settings, db, bus) as (agent, _),
         grpc.aio.insecure_channel(f"127.0.0.1:{settings.grpc_port}") as channel,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.http_port}") as http,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.api_port}") as api,

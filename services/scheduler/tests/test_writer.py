@@ -1,5 +1,6 @@
 """What is in memory is what is committed, and the log gives it back."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -36,7 +37,7 @@ async def db(postgres_dsn: str) -> AsyncIterator[Database]:
 
 def leading(db: Database, failures: int = 0) -> Writer:
     writer = Writer(Store(db), Broken(failures))
-    writer.leads = True
+    writer.leading.set()
     return writer
 
 
@@ -125,7 +126,7 @@ async def test_two_leaders_do_not_write_over_each_other(db: Database) -> None:
 
 
 async def test_one_leads_until_its_lock_is_gone(db: Database) -> None:
-    async with Store(db).leadership() as held:
+    async with db.exclusively(store.LEADER) as held:
         query = "select pg_try_advisory_lock(hashtext(%s)) as ours"
         async with db.transaction() as tx:
             row = await tx.one(query, (store.LEADER,))
@@ -143,8 +144,18 @@ async def test_a_replay_that_decides_otherwise_is_found_out(db: Database) -> Non
         await Store(db).load()
 
 
-async def test_a_standby_answers_nothing(db: Database) -> None:
-    writer = Writer(Store(db), BusExecutor())
-    with pytest.raises(Standby):
-        await writer.take(job("a"))
-    assert await count(db, "log") == 0
+async def test_a_standby_takes_nothing_until_it_leads(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standby = Writer(Store(db), BusExecutor())
+    asked = asyncio.create_task(standby.take(job("a")))
+    await leading(db).take(job("b"))
+    assert not asked.done()
+    standby.leading.set()
+    await asked
+    async with standby.turn() as scheduler:
+        assert [key[1] for key in scheduler.jobs] == ["b", "a"]
+    monkeypatch.setattr("services.scheduler.writer.LEAD_WAIT_S", 0.01)
+    with pytest.raises(Standby, match="another scheduler has led for"):
+        await Writer(Store(db), BusExecutor()).take(job("c"))
+    assert await count(db, "log") == 2
