@@ -77,9 +77,6 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
             capacity_of(settings),
         )
         folder = stack.enter_context(session.opened())
-        servicer = Trainer(db)
-        await stack.enter_async_context(background(db.relay(bus), warm(settings, agent, folder)))
-        await stack.enter_async_context(agent.running())
         context = Context(db, objects, agent)
         await stack.enter_async_context(
             background(db.relay(bus), warm(settings, agent, folder), work(settings, bus, context))
