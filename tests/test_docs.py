@@ -14,8 +14,8 @@ from libs.settings import SERVICES, Common, variables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-CLIENT_VARIABLES = {"LEPTONIC_ENDPOINTS": ""}
-COMMON_OPTIONS = {"--json", "--project", "--data-dir"}
+CLIENT_VARIABLES = {"LEPTONIC_ENDPOINTS": "", "LEPTONIC_STACK": ""}
+COMMON_OPTIONS = {"--json", "--project", "--data-dir", "--stack"}
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -45,8 +45,9 @@ def documented_settings() -> dict[str, str]:
 def settings() -> dict[str, str]:
     """Variable -> default, as the code says."""
     known = dict(CLIENT_VARIABLES)
-    for service in SERVICES:
-        kind = importlib.import_module(f"services.{service}.app").Settings
+    for service in (*SERVICES, "edge"):
+        module = "stack.edge" if service == "edge" else f"services.{service}.app"
+        kind = importlib.import_module(module).Settings
         assert issubclass(kind, Common)
         known |= {name: str(field.default) for name, field in variables(kind, service).items()}
     return known

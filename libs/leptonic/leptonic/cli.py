@@ -6,17 +6,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from leptonic import compose, fashion, launch, show, stackfile, story
 from leptonic import demo as digits
 from leptonic import doctor as machine
-from leptonic import fashion, launch, show, stackfile, story
 from leptonic.client import MODEL_SCHEME, Client, model_reference
 from leptonic.errors import Error
 
@@ -30,7 +31,10 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 class Session:
     """What the options of a command say: which stack, and how to answer."""
 
-    def __init__(self, data_dir: Path | None, project: str | None, as_json: bool) -> None:
+    def __init__(
+        self, kind: str, data_dir: Path | None, project: str | None, as_json: bool
+    ) -> None:
+        self.kind = kind
         self.data_dir = data_dir
         self.project = project
         self.as_json = as_json
@@ -40,8 +44,15 @@ class Session:
     def folder(self) -> Path:
         return self.data_dir or Path(stackfile.DATA_DIR)
 
+    @property
+    def is_compose(self) -> bool:
+        return self.kind == "compose"
+
+    def locate(self) -> stackfile.Stack:
+        return compose.locate() if self.is_compose else stackfile.locate(self.data_dir)
+
     def client(self) -> Client:
-        return Client(stackfile.locate(self.data_dir), self.project)
+        return Client(self.locate(), self.project)
 
     def answer(self, value: Any, rendered: RenderableType) -> None:
         """The same answer for a program or for a person."""
@@ -61,9 +72,11 @@ def verb(function: Callable[..., None]) -> click.Command:
     """A command with the options every command has; a failure is one line and exit code 1."""
 
     @functools.wraps(function)
-    def run(data_dir: Path | None, project: str | None, as_json: bool, **arguments: Any) -> None:
+    def run(
+        kind: str, data_dir: Path | None, project: str | None, as_json: bool, **arguments: Any
+    ) -> None:
         try:
-            function(Session(data_dir, project, as_json), **arguments)
+            function(Session(kind, data_dir, project, as_json), **arguments)
         except Error as error:
             click.echo(f"leptonic: {error}", err=True)
             sys.exit(1)
@@ -73,6 +86,14 @@ def verb(function: Callable[..., None]) -> click.Command:
         click.option("--json", "as_json", is_flag=True, help="Answer as JSON on stdout."),
         click.option("--project", help="The project; default: the stack's own."),
         click.option("--data-dir", type=folder, help="The stack's folder; default: .leptonic."),
+        click.option(
+            "--stack",
+            "kind",
+            type=click.Choice(["embedded", "compose"]),
+            default="embedded",
+            envvar=stackfile.KIND_VARIABLE,
+            help="Processes of this machine, or the containers of compose.yaml.",
+        ),
     )
     command: Callable[..., None] = run
     for option in options:
@@ -88,8 +109,22 @@ def verb(function: Callable[..., None]) -> click.Command:
     default="fixed",
     help="The documented ports, or free ones.",
 )
-def up(session: Session, detach: bool, ports: str) -> None:
-    """Start the embedded stack; Ctrl-C stops it."""
+@click.option("--roll", is_flag=True, help="Restart the running stack's, and lose no request.")
+@click.argument("services", nargs=-1)
+def up(session: Session, detach: bool, ports: str, roll: bool, services: tuple[str, ...]) -> None:
+    """Start the stack: embedded until Ctrl-C, compose in the background.
+
+    With --roll: one after the other of the SERVICES, or of all, a new process takes over from the
+    running one once it can answer.
+    """
+    if roll:
+        rolled = launch.roll(session.folder, services)
+        text = f"rolled {', '.join(rolled['rolled'])} in {rolled['seconds']:.1f} s"
+        return session.answer(rolled, text)
+    if services:
+        raise click.UsageError("SERVICES go with --roll")
+    if session.is_compose:
+        return up_in_containers(session, ports)
     options = ("--ports", ports)
     if not detach:
         launch.in_foreground(session.folder, options)
@@ -98,16 +133,29 @@ def up(session: Session, detach: bool, ports: str) -> None:
     stack = launch.wait_ready(session.folder, process)
     with Client(stack, session.project) as client:
         state = {**client.status(), "ready_after_s": round(time.monotonic() - started, 2)}
+    return session.answer(state, show.status(state))
+
+
+def up_in_containers(session: Session, ports: str) -> None:
+    if ports != "fixed":
+        raise Error("the ports of containers are set in .env: STACK_..._PORT")
+    seconds = compose.up()
+    with session.client() as client:
+        state = {**client.status(), "ready_after_s": round(seconds, 2)}
     session.answer(state, show.status(state))
 
 
 @verb
 def down(session: Session) -> None:
-    """Stop the stack of a data folder and wait until it is gone."""
+    """Stop the stack and wait until it is gone; its data stays."""
+    if session.is_compose:
+        seconds = compose.down()
+        answer: dict[str, Any] = {"stopped": True, "seconds": round(seconds, 2)}
+        return session.answer(answer, f"stopped the containers in {seconds:.1f} s")
     stack = stackfile.locate(session.folder)
     seconds = launch.stop(stack.pid)
     answer = {"stopped": True, "pid": stack.pid, "seconds": round(seconds, 2)}
-    session.answer(answer, f"stopped {stack.pid} in {seconds:.1f} s")
+    return session.answer(answer, f"stopped {stack.pid} in {seconds:.1f} s")
 
 
 @verb
@@ -118,7 +166,8 @@ def status(session: Session) -> None:
     session.answer(state, show.status(state))
     if not state["ready"]:
         waiting = ", ".join(name for name, ready in state["doors"].items() if not ready)
-        raise Error(f"not ready: {waiting}; their logs lie in {session.folder}/logs")
+        logs = "`docker compose logs`" if session.is_compose else f"{session.folder}/logs"
+        raise Error(f"not ready: {waiting}; see {logs}")
 
 
 @verb
@@ -353,10 +402,19 @@ def demo(session: Session, keep: bool, folder: Path | None) -> None:
     console = show.console(stderr=session.as_json)
     try:
         if folder is None:
-            measured = digits.run(session.folder, console, keep)
+            measured = digits.run(stack_of(session, console, keep), console)
         else:
-            measured = fashion.run(session.folder, folder, console, keep)
+            measured = fashion.run(stack_of(session, console, keep), folder, console)
     except KeyboardInterrupt:
         raise Error("interrupted; what was started is stopped") from None
     if session.as_json:
         click.echo(json.dumps(measured, indent=2))
+
+
+def stack_of(
+    session: Session, console: Console, keep: bool
+) -> AbstractContextManager[stackfile.Stack]:
+    """What a demo runs on."""
+    if session.is_compose:
+        return compose.running(keep)
+    return digits.embedded(session.folder, console, keep)

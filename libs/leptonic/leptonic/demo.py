@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -203,15 +204,15 @@ def interrupt(*_: int | FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run(data_dir: Path, console: Console, keep: bool) -> dict[str, Any]:
+def run(starting: AbstractContextManager[stackfile.Stack], console: Console) -> dict[str, Any]:
     """The six steps; returns what was measured. Raises `Error`."""
     stop_on_signals()
     root = launch.platform_root()
     watch = Watch(console, time.time())
     with watch.status:
-        watch.doing("starting three servers and six services")
-        with embedded(data_dir, console, keep) as stack, Client(stack) as client:
-            watch.mark("stack ready", f"{len(stack.processes)} processes on {data_dir}")
+        watch.doing("starting the servers and the six services")
+        with starting as stack, Client(stack) as client:
+            watch.mark("stack ready", f"{len(stack.processes)} processes of {stack.source}")
             watch.attach(client)
             with Predictor(stack.endpoint("inference_grpc")) as predictor:
                 demo = Demo(root, watch, client, predictor)
@@ -219,7 +220,7 @@ def run(data_dir: Path, console: Console, keep: bool) -> dict[str, Any]:
                 demo.second_round()
                 told = demo.told()
             watch.status.stop()
-            console.print(summary(demo, told, data_dir, keep))
+            console.print(summary(demo, told))
     return result(demo, told)
 
 
@@ -236,7 +237,7 @@ def result(demo: Demo, told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def summary(demo: Demo, told: dict[str, Any], data_dir: Path, keep: bool) -> RenderableType:
+def summary(demo: Demo, told: dict[str, Any]) -> RenderableType:
     """What was reached, how long each stage took, one story, where to look further."""
     marks = demo.watch.marks
     times = Table(title="the loop, stage by stage", title_justify="left", title_style="bold")
@@ -251,22 +252,21 @@ def summary(demo: Demo, told: dict[str, Any], data_dir: Path, keep: bool) -> Ren
     took = f"ready in {marks[0].seconds:.1f} s, {loop}"
     if demo.accuracy["drifted digits before"] >= ACCURACY_MIN:
         took += "; the champion of this folder had learned this drift in a run before"
-    where = further(demo.client.stack, data_dir, told["request_id"], keep)
+    where = further(demo.client.stack, told["request_id"])
     return show.stacked(story.tree(told), times, reached, Text(took, style="bold"), where)
 
 
-def further(stack: stackfile.Stack, data_dir: Path, request_id: str, keep: bool) -> RenderableType:
+def further(stack: stackfile.Stack, request_id: str) -> RenderableType:
+    options = f" {stack.options}" if stack.options else ""
     lines = [
-        ("the same story again", f"leptonic trace {request_id}"),
-        ("its model and lineage", f"leptonic models models:/{MODEL}@champion"),
-        ("everything that happened", "leptonic events --after 0"),
-        ("training jobs, epoch by epoch", "leptonic jobs"),
+        ("the same story again", f"leptonic trace {request_id}{options}"),
+        ("its model and lineage", f"leptonic models models:/{MODEL}@champion{options}"),
+        ("everything that happened", f"leptonic events --after 0{options}"),
+        ("training jobs, epoch by epoch", f"leptonic jobs{options}"),
         ("the traces as JSON", f"{stack.endpoint('traces')}/v1/traces"),
         ("the platform API", f"{stack.endpoint('registry')}/openapi.json"),
     ]
-    title = "where to look further" + (
-        "" if keep else f", after `leptonic up --data-dir {data_dir}`"
-    )
+    title = f"where to look further; `leptonic up{options}` starts it where it does not run"
     drawn = Table(
         title=title, title_justify="left", title_style="bold", box=None, show_header=False
     )

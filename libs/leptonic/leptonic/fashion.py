@@ -2,15 +2,16 @@
 
 import runpy
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from leptonic import launch, rounds, show
+from leptonic import launch, rounds, show, stackfile
 from leptonic.client import Client
-from leptonic.demo import embedded, stop_on_signals
+from leptonic.demo import stop_on_signals
 from leptonic.errors import Error
 from leptonic.predictor import Predictor
 from leptonic.watch import Watch
@@ -25,7 +26,9 @@ BATCH = 64
 """Rows of one request: what the deployment takes at once."""
 
 
-def run(data_dir: Path, folder: Path, console: Console, keep: bool) -> dict[str, Any]:
+def run(
+    starting: AbstractContextManager[stackfile.Stack], folder: Path, console: Console
+) -> dict[str, Any]:
     """Returns what was measured. Raises `Error`."""
     if not folder.is_dir():
         problem = f"no folder {folder} with the four IDX files"
@@ -34,9 +37,9 @@ def run(data_dir: Path, folder: Path, console: Console, keep: bool) -> dict[str,
     examples = launch.platform_root() / "examples"
     watch = Watch(console, time.time())
     with watch.status:
-        watch.doing("starting three servers and six services")
-        with embedded(data_dir, console, keep) as stack, Client(stack) as client:
-            watch.mark("stack ready", f"{len(stack.processes)} processes on {data_dir}")
+        watch.doing("starting the servers and the six services")
+        with starting as stack, Client(stack) as client:
+            watch.mark("stack ready", f"{len(stack.processes)} processes of {stack.source}")
             watch.attach(client)
             accuracy = measured(watch, client, examples, folder)
     text = f"accuracy {accuracy:.4f}; the articles report {ACCURACY_OF_ARTICLES}"

@@ -2,12 +2,16 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from leptonic import stackfile
 from leptonic.errors import Error
@@ -15,6 +19,9 @@ from leptonic.errors import Error
 READY_S = 60.0
 STOP_S = 30.0
 POLL_S = 0.05
+SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler")
+ROLL_S = 120.0
+"""For one service: until its new process can answer, and its old one has."""
 LOG_TAIL_LINES = 15
 
 
@@ -34,7 +41,7 @@ def command(data_dir: Path, options: tuple[str, ...] = ()) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Ours, without what only clients read: services refuse variables they do not know."""
-    kept = {n: v for n, v in os.environ.items() if n != stackfile.ENDPOINTS_VARIABLE}
+    kept = {n: v for n, v in os.environ.items() if n not in stackfile.CLIENT_VARIABLES}
     return {**kept, "PYTHONUNBUFFERED": "1"}
 
 
@@ -69,6 +76,44 @@ def in_background(
             env=environment(),
             start_new_session=True,
         )
+
+
+def roll(data_dir: Path, services: tuple[str, ...]) -> dict[str, Any]:
+    """Restarts services, all of them unless named, each start-first. Raises `Error`."""
+    started = time.monotonic()
+    stack = stackfile.locate(data_dir)
+    if stack.roll and not has_ended(stack.roll):
+        raise Error("a rolling restart is under way: wait for it; logs/stack.log tells how far")
+    wanted = {"id": uuid.uuid4().hex, "services": list(services or SERVICES)}
+    ask(data_dir / "roll.json", wanted)
+    os.kill(stack.pid, signal.SIGUSR1)
+    told = wait_rolled(data_dir, wanted)
+    if told["error"]:
+        problem = f"{told['services'][len(told['done'])]} was not replaced and goes on as it was"
+        raise Error(f"{problem}: {told['error']}")
+    return {"rolled": told["done"], "seconds": round(time.monotonic() - started, 2)}
+
+
+def ask(path: Path, wanted: dict[str, Any]) -> None:
+    """Only the owner reads it, and never half of it."""
+    unfinished = path.with_suffix(".new")
+    unfinished.touch(mode=0o600)
+    unfinished.write_text(json.dumps(wanted))
+    unfinished.replace(path)
+
+
+def has_ended(told: Mapping[str, Any]) -> bool:
+    return bool(told["error"]) or told["done"] == told["services"]
+
+
+def wait_rolled(data_dir: Path, wanted: dict[str, Any]) -> Mapping[str, Any]:
+    deadline = time.monotonic() + ROLL_S * len(wanted["services"])
+    while time.monotonic() < deadline:
+        stack = stackfile.locate(data_dir)
+        if stack.roll.get("id") == wanted["id"] and has_ended(stack.roll):
+            return stack.roll
+        time.sleep(POLL_S)
+    raise Error(f"the rolling restart did not end; its words are in {log_path(data_dir)}")
 
 
 def log_path(data_dir: Path) -> Path:

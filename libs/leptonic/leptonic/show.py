@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], Any]]
 GOOD = {"succeeded", "serving", "stable", "Healthy", "running", "ready", "ok", "True"}
 BAD = {"failed", "rejected", "Unhealthy", "no", "cancelled", "False"}
-PASSWORD = re.compile(r"password=\S+")
+SECRET = re.compile(r"(password=)\S+|(nats://)[^@/]+(?=@)")
 DIGEST_SHOWN = 12
 DETAIL_SHOWN = 60
 DRIFT_SHOWN = 10
@@ -217,7 +217,7 @@ def status(row: Row) -> RenderableType:
     doors = [
         {
             "name": name,
-            "url": PASSWORD.sub("password=...", url),
+            "url": SECRET.sub(r"\1\2...", url),
             "ready": row["doors"].get(name, ""),
         }
         for name, url in row["endpoints"].items()

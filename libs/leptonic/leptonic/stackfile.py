@@ -13,6 +13,8 @@ from leptonic.errors import Error
 DATA_DIR = ".leptonic"
 FILE = "stack.json"
 ENDPOINTS_VARIABLE = "LEPTONIC_ENDPOINTS"
+KIND_VARIABLE = "LEPTONIC_STACK"
+CLIENT_VARIABLES = (ENDPOINTS_VARIABLE, KIND_VARIABLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Stack:
     """Of the supervisor; 0 for a stack that is stopped, or on another machine."""
     started_at: Any = None
     processes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    roll: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The last rolling restart."""
+    options: str = ""
+    """What names it to `leptonic`; "" for the one that is found without."""
 
     @property
     def is_up(self) -> bool:
@@ -76,6 +82,8 @@ def read(path: Path) -> Stack:
         pid=document.get("pid") or 0,
         started_at=document.get("started_at"),
         processes=document.get("processes", {}),
+        roll=document.get("roll") or {},
+        options="" if path.parent == Path(DATA_DIR) else f"--data-dir {path.parent}",
     )
 
 
