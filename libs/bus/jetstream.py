@@ -25,6 +25,7 @@ from libs.bus import (
     DEDUPLICATION_WINDOW_S,
     ID_HEADER,
     STREAMS,
+    Backlog,
     Delivery,
     PublishFailed,
     ReadFailed,
@@ -85,12 +86,12 @@ class JetStreamSubscription:
             return []
         return [JetStreamDelivery(message) for message in messages]
 
-    async def pending(self) -> int:
+    async def backlog(self) -> Backlog:
         try:
             info = await self.pull.consumer_info()
         except (nats.errors.Error, nats.js.errors.Error) as error:
             raise ConnectionError(f"consumer info: {error}") from error
-        return (info.num_pending or 0) + (info.num_ack_pending or 0)
+        return Backlog(waiting=info.num_pending or 0, unacked=info.num_ack_pending or 0)
 
 
 class JetStreamBus:
@@ -102,7 +103,6 @@ class JetStreamBus:
 
     @property
     def connected(self) -> bool:
-        """Whether the server can be reached now."""
         return self.client.is_connected
 
     async def create_streams(self, streams: Collection[Stream] = STREAMS) -> None:

@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from time import perf_counter
 from typing import Any
 
 import msgspec
 
 from libs import telemetry
-from libs.bus import EVENTS, ID_HEADER, TRACE_HEADER, Bus, Delivery, Subscription
+from libs.bus import EVENTS, ID_HEADER, TRACE_HEADER, Bus, Delivery, Subscription, metrics
+from libs.bus.metrics import DEAD_LETTERED, HANDLED, RETRIED
 from libs.contracts.events import Event, decode
 
 log = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ async def run(
     `ATTEMPTS_MAX` times and then dead-lettered under `dlq.events.<service>`.
     """
     subscription = await bus.subscribe(EVENTS, service, subjects_of(handlers), ACK_WAIT_S)
-    while True:
-        await run_once(bus, subscription, service, handlers, context, transient)
+    async with metrics.watched(subscription, EVENTS, service):
+        while True:
+            await run_once(bus, subscription, service, handlers, context, transient)
 
 
 async def run_once(
@@ -80,7 +83,9 @@ async def run_once(
     deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)
     async with kept_alive(deliveries):
         for delivery in deliveries:
-            await take(bus, delivery, service, handlers, context, transient)
+            began = perf_counter()
+            outcome = await take(bus, delivery, service, handlers, context, transient)
+            metrics.settled(service, outcome, [delivery], began)
     return len(deliveries)
 
 
@@ -91,13 +96,14 @@ async def take(
     handlers: Handlers,
     context: Any,
     transient: tuple[type[Exception], ...],
-) -> None:
+) -> str:
+    """Returns the outcome, for `metrics.settled`."""
     try:
         envelope, event = decode(delivery.payload)
     except msgspec.DecodeError as error:
         await dead_letter(bus, delivery, f"dlq.events.{service}", f"not an event: {error}")
         await delivery.ack()
-        return
+        return DEAD_LETTERED
     handler = handlers[type(event)]
     meta = Meta(envelope.id, envelope.traceparent, envelope.time, delivery.sequence)
     with telemetry.span(
@@ -119,11 +125,14 @@ async def take(
             if isinstance(error, transient) or delivery.deliveries < ATTEMPTS_MAX:
                 log.warning("%s: %s; again later", delivery.subject, error, exc_info=error)
                 await delivery.nak(backoff_s(delivery.deliveries))
-                return
+                return RETRIED
             log.exception("%s: dead-lettered", delivery.subject)
             reason = f"{type(error).__name__}: {error}"
             await dead_letter(bus, delivery, f"dlq.events.{service}", reason)
+            await delivery.ack()
+            return DEAD_LETTERED
         await delivery.ack()
+        return HANDLED
 
 
 async def dead_letter(

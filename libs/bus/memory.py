@@ -16,6 +16,7 @@ from libs.bus import (
     DEDUPLICATION_WINDOW_S,
     ID_HEADER,
     STREAMS,
+    Backlog,
     Delivery,
     PublishFailed,
     Stream,
@@ -144,14 +145,16 @@ class MemorySubscription:
         if sequence in self.due:
             self.due[sequence] = self.bus.now() + self.ack_wait_s
 
-    async def pending(self) -> int:
+    async def backlog(self) -> Backlog:
         log = self.bus.streams[self.stream][self.next :]
         fresh = sum(any(matches(p, stored.subject) for p in self.subjects) for stored in log)
-        return fresh + len(self.due)
+        return Backlog(waiting=fresh, unacked=len(self.due))
 
 
 class MemoryBus:
     """Streams in lists. `clock` gives seconds; tests may pass a virtual one."""
+
+    connected = True
 
     def __init__(
         self, misbehaviour: Misbehaviour = KIND, clock: Callable[[], float] | None = None

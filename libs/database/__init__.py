@@ -21,7 +21,9 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from libs import telemetry
 from libs.bus import TRACE_HEADER, Bus
+from libs.bus.metrics import type_of
 from libs.contracts.events import Event, encode, subject_of
+from libs.database.metrics import OUTBOX, PUBLISHED
 
 __all__ = ["TRANSIENT", "Database", "Jsonb", "Transaction", "connect"]
 
@@ -157,8 +159,12 @@ class Database:
         """One batch; the row locks keep a second replica from overtaking."""
         async with self.transaction() as tx:
             rows = await tx.all(
-                "select * from outbox order by position limit %s for update", (RELAY_BATCH_MAX,)
+                "select *, (select count(*) from outbox) as waiting from outbox"
+                " order by position limit %s for update",
+                (RELAY_BATCH_MAX,),
             )
+            waiting = rows[0]["waiting"] if rows else 0
+            OUTBOX.set(waiting)
             for row in rows:
                 headers = {TRACE_HEADER: row["traceparent"]} if row["traceparent"] else {}
                 await bus.publish(
@@ -167,6 +173,9 @@ class Database:
             # By name, not `<=`: a smaller position may have been committed since the select.
             sent = [row["position"] for row in rows]
             await tx.execute("delete from outbox where position = any(%s)", (sent,))
+        OUTBOX.set(waiting - len(rows))
+        for row in rows:
+            PUBLISHED.labels(type_of(row["subject"])).inc()
         return len(rows)
 
 

@@ -14,6 +14,7 @@ from minio import Minio
 from minio.error import S3Error
 
 from libs.contracts.artifacts import Blob, blob_of, digest_of
+from libs.objectstore.metrics import ANSWERED, FAILURES
 
 T = TypeVar("T")
 TIMEOUT_S = 5
@@ -63,15 +64,22 @@ class ObjectStore:
                 if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                     raise
 
+    async def ready(self) -> bool:
+        """Whether it answers now, and knows us."""
+        try:
+            return await self.exists("ready") or True
+        except (Unavailable, S3Error):
+            return False
+
     async def put(self, key: str, payload: bytes) -> None:
         """Durable when it returns."""
         await self.call(self.client.put_object, self.bucket, key, io.BytesIO(payload), len(payload))
 
     async def get(self, key: str) -> bytes:
         """Raises `Missing`."""
-        return await self.call(self.read, key)
+        return await self.call(self.get_object, key)
 
-    def read(self, key: str) -> bytes:
+    def get_object(self, key: str) -> bytes:
         response = self.client.get_object(self.bucket, key)
         try:
             return response.read()
@@ -89,11 +97,11 @@ class ObjectStore:
     async def list(self, prefix: str) -> list[str]:
         """Keys under the prefix, sorted."""
 
-        def names() -> list[str]:
+        def list_objects() -> list[str]:
             found = self.client.list_objects(self.bucket, prefix=prefix, recursive=True)
             return sorted(item.object_name or "" for item in found)
 
-        return await self.call(names)
+        return await self.call(list_objects)
 
     async def delete(self, key: str) -> None:
         """Nothing happens where there is nothing."""
@@ -116,14 +124,17 @@ class ObjectStore:
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         try:
-            return await asyncio.to_thread(function, *arguments)
+            with ANSWERED.labels(function.__name__).time():
+                return await asyncio.to_thread(function, *arguments)
         except S3Error as error:
             if error.code in ("NoSuchKey", "NoSuchBucket"):
                 raise Missing(str(error)) from error
+            FAILURES.labels(function.__name__).inc()
             if error.response is not None and error.response.status >= TRANSIENT_STATUS_MIN:
                 raise Unavailable(str(error)) from error
             raise
         except urllib3.exceptions.HTTPError as error:
+            FAILURES.labels(function.__name__).inc()
             raise Unavailable(f"S3 at {self.client._base_url.host}: {error}") from error
 
 

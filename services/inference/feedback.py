@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import Any
 
 import msgspec
 
 from libs import telemetry
-from libs.bus import FEEDBACK, REQUESTS, TRACE_HEADER, Bus, Delivery, Stream
+from libs.bus import FEEDBACK, REQUESTS, TRACE_HEADER, Bus, Delivery, Stream, metrics
 from libs.bus.loop import backoff_s, dead_letter, kept_alive
 from libs.database import TRANSIENT, Database
 from services.inference import domain, store
@@ -41,14 +42,19 @@ async def consume_feedback(bus: Bus, db: Database) -> None:
 async def consume(bus: Bus, db: Database, stream: Stream, durable: str, keep: Keep) -> None:
     """Until cancelled. All replicas share the consumer."""
     subscription = await bus.subscribe(stream, durable, list(stream.subjects))
-    while True:
-        deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)
-        async with kept_alive(deliveries):
-            for delivery in deliveries:
-                await take(bus, db, delivery, keep)
+    async with metrics.watched(subscription, stream, durable):
+        while True:
+            deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)
+            async with kept_alive(deliveries):
+                for delivery in deliveries:
+                    began = perf_counter()
+                    outcome = await take(bus, db, delivery, keep)
+                    metrics.settled(durable, outcome, [delivery], began)
 
 
-async def take(bus: Bus, db: Database, delivery: Delivery, keep: Keep) -> None:
+async def take(bus: Bus, db: Database, delivery: Delivery, keep: Keep) -> str:
+    """Returns the outcome, for `metrics.settled`."""
+    outcome = metrics.HANDLED
     try:
         try:
             project, model = place_of(delivery.subject)
@@ -56,11 +62,13 @@ async def take(bus: Bus, db: Database, delivery: Delivery, keep: Keep) -> None:
         except Refused as error:
             log.warning("%s: %s", delivery.subject, error)
             await dead_letter(bus, delivery, f"dlq.{delivery.subject}", str(error))
+            outcome = metrics.DEAD_LETTERED
     except TRANSIENT as error:
         log.warning("%s: %s; again later", delivery.subject, error)
         await delivery.nak(backoff_s(delivery.deliveries))
-        return
+        return metrics.RETRIED
     await delivery.ack()
+    return outcome
 
 
 def place_of(subject: str) -> tuple[str, str]:

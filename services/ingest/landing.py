@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TypeVar
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from libs.bus import (
     Bus,
     Delivery,
     Subscription,
+    metrics,
 )
 from libs.bus.loop import backoff_s, dead_letter, kept_alive
 from libs.contracts.artifacts import digest_of
@@ -36,6 +37,7 @@ from services.ingest.tables import from_arrow, is_arrow, parquet_bytes
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+CONSUMER = "ingest"
 LANES = 2
 """Batches in work at once: one computes while another waits for S3 or Postgres."""
 FETCH_TIMEOUT_S = 1.0
@@ -49,7 +51,6 @@ DEAD_LETTER_BYTES_MAX = PAYLOAD_BYTES_MAX - (64 << 10)
 UNKNOWN_DELAY_S = 1.0
 UNKNOWN_DELIVERIES_MAX = 5
 """A record may overtake the event of the pipeline that declares its dataset."""
-WATCH_S = 2.0
 FORGET_S = 3600.0
 DRAIN_S = 8.0
 
@@ -70,14 +71,13 @@ class Landing:
         self.ended = asyncio.Event()
 
     async def run(self) -> None:
-        subscription = await self.bus.subscribe(RECORDS, "ingest", ["records.>"], ACK_WAIT_S)
-        async with asyncio.TaskGroup() as group:
-            chores = [group.create_task(self.watch(subscription)), group.create_task(self.forget())]
+        subscription = await self.bus.subscribe(RECORDS, CONSUMER, ["records.>"], ACK_WAIT_S)
+        async with asyncio.TaskGroup() as group, metrics.watched(subscription, RECORDS, CONSUMER):
+            chore = group.create_task(self.forget())
             async with asyncio.TaskGroup() as lanes:
                 for _ in range(LANES):
                     lanes.create_task(self.lane(subscription))
-            for chore in chores:
-                chore.cancel()
+            chore.cancel()
         self.ended.set()
 
     async def drain(self) -> None:
@@ -123,25 +123,27 @@ class Landing:
                 group.create_task(self.land_subject(subject, some))
 
     async def land_subject(self, subject: str, deliveries: list[Delivery]) -> None:
+        began = perf_counter()
         place = domain.place_of(subject)
         if place is None:
-            await self.refuse_all(deliveries, "the subject is not records.<project>.<dataset>")
+            await self.refuse_all(
+                deliveries, "the subject is not records.<project>.<dataset>", began
+            )
             return
-        with meters.LANDING_SECONDS.time():
-            while True:
-                try:
-                    await self.attempt(place, deliveries)
-                except store.Raced as error:
-                    log.info("%s", error)
-                else:
-                    return
+        while True:
+            try:
+                await self.attempt(place, deliveries, began)
+            except store.Raced as error:
+                log.info("%s", error)
+            else:
+                return
 
-    async def attempt(self, place: Place, deliveries: list[Delivery]) -> None:
+    async def attempt(self, place: Place, deliveries: list[Delivery], began: float) -> None:
         """Lands what has not landed yet, and acks. Raises `store.Raced`."""
         ids = {domain.key_of(one): one.headers.get(ID_HEADER, "") for one in deliveries}
         seen = await self.insist(lambda: store.look(self.db, place, ids))
         if seen.schema is None:
-            await self.unknown(place, deliveries)
+            await self.unknown(place, deliveries, began)
             return
         fresh, duplicates = domain.sort_messages(ids, seen.landed, seen.ids)
         if fresh or duplicates:
@@ -149,6 +151,7 @@ class Landing:
             messages = [one for one in deliveries if domain.key_of(one) in new]
             await self.write(place, layout_of(seen.schema), messages, duplicates)
         await self.ack(deliveries)
+        metrics.settled(CONSUMER, metrics.HANDLED, deliveries, began)
 
     async def write(
         self,
@@ -201,15 +204,16 @@ class Landing:
                 finally:
                     self.retrying -= 1
 
-    async def unknown(self, place: Place, deliveries: list[Delivery]) -> None:
+    async def unknown(self, place: Place, deliveries: list[Delivery], began: float) -> None:
         early = [one for one in deliveries if one.deliveries < self.unknown_deliveries_max]
         for delivery in early:
             await delivery.nak(UNKNOWN_DELAY_S)
+        metrics.settled(CONSUMER, metrics.RETRIED, early, began)
         late = [one for one in deliveries if one.deliveries >= self.unknown_deliveries_max]
         reason = f"no dataset {place.dataset!r} in project {place.project!r}: apply a pipeline"
-        await self.refuse_all(late, reason)
+        await self.refuse_all(late, reason, began)
 
-    async def refuse_all(self, deliveries: list[Delivery], reason: str) -> None:
+    async def refuse_all(self, deliveries: list[Delivery], reason: str, began: float) -> None:
         if not deliveries:
             return
         parent, links = origins(deliveries)
@@ -220,6 +224,7 @@ class Landing:
                 [(delivery, Refused(0, problem, delivery.payload)) for delivery in deliveries]
             )
         await self.ack(deliveries)
+        metrics.settled(CONSUMER, metrics.DEAD_LETTERED, deliveries, began)
 
     async def dead_letter_all(self, refused: list[tuple[Delivery, Refused]]) -> None:
         for start in range(0, len(refused), DEAD_LETTERS_AT_ONCE):
@@ -253,15 +258,6 @@ class Landing:
             await asyncio.gather(*(delivery.ack() for delivery in deliveries))
         except OSError as error:
             log.warning("ack: %s", error)
-
-    async def watch(self, subscription: Subscription) -> None:
-        """Keeps the lag gauge."""
-        while True:
-            try:
-                meters.LAG.set(await subscription.pending())
-            except OSError as error:
-                log.warning("lag: %s", error)
-            await asyncio.sleep(WATCH_S)
 
     async def forget(self) -> None:
         while True:
@@ -339,6 +335,9 @@ def count(claim: store.Claim) -> None:
     labels = (claim.place.project, claim.place.dataset)
     meters.DUPLICATES.labels(*labels).inc(len(claim.duplicates))
     meters.REFUSED.labels(*labels).inc(claim.dead_letters)
+    meters.BATCH_MESSAGES.observe(len(claim.fresh))
     if claim.part:
         meters.LANDED.labels(*labels).inc(claim.part.rows)
         meters.PARTS.labels(*labels).inc()
+        meters.BATCH_RECORDS.observe(claim.part.rows)
+        meters.PART_BYTES.observe(claim.part.size_bytes)

@@ -8,13 +8,14 @@ A message on `requests.<project>.<model>` is a JSON array of logged requests, ea
 import asyncio
 import logging
 import math
+from time import perf_counter
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from libs import telemetry
-from libs.bus import ID_HEADER, REQUESTS, TRACE_HEADER, Bus, Delivery
+from libs.bus import ID_HEADER, REQUESTS, TRACE_HEADER, Bus, Delivery, metrics
 from libs.bus.loop import FETCH_MAX, FETCH_TIMEOUT_S, backoff_s, dead_letter, kept_alive
 from libs.contracts.artifacts import DatasetManifest
 from libs.contracts.pipeline import Field
@@ -38,23 +39,28 @@ class Logged(msgspec.Struct, frozen=True):
 async def run(bus: Bus, context: Context) -> None:
     """Until cancelled."""
     subscription = await bus.subscribe(REQUESTS, DURABLE, ["requests.>"])
-    while True:
-        deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)
-        async with kept_alive(deliveries):
-            for delivery in deliveries:
-                await take(bus, delivery, context)
+    async with metrics.watched(subscription, REQUESTS, DURABLE):
+        while True:
+            deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)
+            async with kept_alive(deliveries):
+                for delivery in deliveries:
+                    await take(bus, delivery, context)
 
 
 async def take(bus: Bus, delivery: Delivery, context: Context) -> None:
+    began, outcome = perf_counter(), metrics.HANDLED
     try:
         try:
             await on_requests(delivery, context)
         except (msgspec.DecodeError, Unusable) as error:
             await dead_letter(bus, delivery, DEAD_LETTERS, str(error))
+            outcome = metrics.DEAD_LETTERED
         await delivery.ack()
     except TRANSIENT as error:
         log.warning("%s: %s; again later", delivery.subject, error)
         await delivery.nak(backoff_s(delivery.deliveries))
+        outcome = metrics.RETRIED
+    metrics.settled(DURABLE, outcome, [delivery], began)
 
 
 async def on_requests(delivery: Delivery, context: Context) -> None:

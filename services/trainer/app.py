@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from types import ModuleType
@@ -19,8 +20,8 @@ from libs.database import TRANSIENT, Database
 from libs.doors.drain import Drain
 from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
-from libs.settings import Common
-from services.trainer import session
+from libs.settings import Common, Unknown
+from services.trainer import cluster, session
 from services.trainer.agent import Agent
 from services.trainer.champion import Registry
 from services.trainer.domain import Setup, Storage
@@ -39,6 +40,10 @@ class Settings(Common, frozen=True, kw_only=True):
     memory_mib: Annotated[int, Meta(description="memory offered to the scheduler")] = 4096
     pool_workers: Annotated[int, Meta(ge=1, le=16, description="workers kept warm")] = 2
     recipes_path: Annotated[str, Meta(description="folder with users' recipe modules")] = ""
+    ray_address: Annotated[str, Meta(description="own address, to be a Ray node for others")] = ""
+    ray_port: Annotated[int, Meta(description="first of the 47 ports of a Ray node")] = 6379
+    ray_head: Annotated[str, Meta(description="for `ray_worker`: host:port to join")] = ""
+    ray_token: Annotated[str, Meta(description="what Ray's nodes share; needed to be several")] = ""
 
 
 async def main(settings: Settings) -> None:
@@ -76,7 +81,7 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
             uuid.uuid4().hex,
             capacity_of(settings),
         )
-        folder = stack.enter_context(session.opened())
+        folder = stack.enter_context(session.opened(settings.ray_token))
         context = Context(db, objects, agent)
         await stack.enter_async_context(
             background(db.relay(bus), warm(settings, agent, folder), work(settings, bus, context))
@@ -108,8 +113,8 @@ async def doors(settings: Settings, servicer: Trainer, drain: Drain) -> AsyncIte
 async def warm(settings: Settings, agent: Agent, folder: str) -> None:
     """Starts Ray and its pool beside everything else; the service ends with them."""
     engine = await asyncio.to_thread(import_engine)
-    cpus = max(1, capacity_of(settings).cpu_milli // 1000)
-    async with engine.started(setup_of(settings), settings.pool_workers, cpus, folder) as pool:
+    node = node_of(settings)
+    async with engine.started(setup_of(settings), settings.pool_workers, node, folder) as pool:
         agent.engine.set_result(pool)
         await pool.watch()
 
@@ -117,6 +122,14 @@ async def warm(settings: Settings, agent: Agent, folder: str) -> None:
 def capacity_of(settings: Settings) -> Resources:
     all_milli = (os.cpu_count() or 1) * 1000
     return Resources(settings.cpu_milli or all_milli, settings.memory_mib)
+
+
+def node_of(settings: Settings) -> cluster.Node:
+    """This machine as a Ray node. Raises `Unknown` where anybody could join it."""
+    if (settings.ray_address or settings.ray_head) and not settings.ray_token:
+        raise Unknown("LEPTONIC_TRAINER_RAY_TOKEN: empty, and Ray is open to other machines")
+    address = socket.gethostbyname(settings.ray_address) if settings.ray_address else ""
+    return cluster.Node(address, settings.ray_port, capacity_of(settings))
 
 
 def import_engine() -> ModuleType:

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from libs.bus import DEAD_LETTERS, EVENTS, PublishFailed
 from libs.bus.loop import ATTEMPTS_MAX, Handlers, Meta, backoff_s, run_once, subjects_of
@@ -60,9 +61,14 @@ async def drain(bus: MemoryBus, context: Effects, clock: list[float]) -> None:
         await run_once(bus, subscription, "test", HANDLERS, context, transient=(OSError,))
         clock[0] += 60.0
         bus.wake()
-        if await subscription.pending() == 0:
+        if (await subscription.backlog()).total == 0:
             return
     raise AssertionError("the loop does not come to rest")
+
+
+def counted(outcome: str) -> float:
+    labels = {"consumer": "test", "type": "job.cancelled", "outcome": outcome}
+    return REGISTRY.get_sample_value("leptonic_consumer_messages_total", labels) or 0.0
 
 
 def misbehaving(clock: list[float], misbehaviour: Misbehaviour) -> MemoryBus:
@@ -95,11 +101,15 @@ async def test_an_error_is_tried_again_and_then_dead_lettered_with_its_reason() 
     clock = [0.0]
     bus = misbehaving(clock, Misbehaviour())
     context = Effects(failures={"poison": 1000, "shaky": 2})
+    before = {one: counted(one) for one in ("handled", "retried", "dead_lettered")}
     await publish(bus, "poison")
     await publish(bus, "shaky")
     await drain(bus, context, clock)
     assert context.effects == {"shaky": 1}
     assert context.calls["poison"] == ATTEMPTS_MAX
+    ended = {one: counted(one) - before[one] for one in before}
+    again = ATTEMPTS_MAX - 1 + context.failures["shaky"]
+    assert ended == {"handled": 1, "retried": again, "dead_lettered": 1}
     letters = await bus.subscribe(DEAD_LETTERS, "reader", ["dlq.>"])
     (letter,) = await letters.fetch(10, 0.0)
     assert letter.subject == "dlq.events.test"

@@ -76,7 +76,7 @@ async def test_records_land_with_their_place_in_the_stream(
 
 
 async def is_done(subscription: Subscription) -> bool:
-    return await subscription.pending() == 0
+    return (await subscription.backlog()).total == 0
 
 
 async def test_the_part_is_announced_once_it_is_durable(

@@ -124,4 +124,4 @@ async def test_a_pipeline_applied_on_the_bus_opens_its_dataset(
             return answer.status_code == 200 and answer.json()["rows"] == "1"
 
         await eventually(rows, timeout_s=20)
-        assert "leptonic_ingest_lag_messages" in (await client.get("/metrics")).text
+        assert "leptonic_consumer_waiting_messages" in (await client.get("/metrics")).text

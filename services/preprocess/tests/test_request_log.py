@@ -92,7 +92,7 @@ async def test_a_malformed_message_is_dead_lettered_with_its_reason(
     reasons = [one.headers["Leptonic-Reason"] for one in letters]
     assert reasons[0].startswith("Input data was truncated")
     assert reasons[1] == "pixels: 2 logged values for records of [64]"
-    assert await subscription.pending() == 0
+    assert (await subscription.backlog()).total == 0
 
 
 def test_a_request_may_hold_one_record_or_a_batch() -> None:

@@ -68,7 +68,7 @@ class Desk:
             )
             await self.bus.publish(subject_of(event), payload, id=str(uuid.uuid4()))
         inbox = await self.bus.subscribe(EVENTS, "trainer", subjects_of(HANDLERS))
-        while await inbox.pending():
+        while (await inbox.backlog()).total:
             await run_once(self.bus, inbox, "trainer", HANDLERS, self.context)
 
     async def emitted(self) -> list[Event]:

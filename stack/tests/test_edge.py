@@ -1,0 +1,198 @@
+"""An edge site and its hub: what the site acked reaches the hub once, whatever is killed."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest_asyncio
+
+from libs.bus import RECORDS, TRACE_HEADER, Delivery, PublishFailed, ReadFailed, jetstream
+from libs.bus.jetstream import JetStreamBus
+from stack import ports, servers
+from stack.process import Program
+from stack.testing import PASSWORD, Server, eventually
+
+CONF = Path(__file__).parents[2] / "deploy" / "compose"
+SUBJECT = "records.default.digits"
+RECORDS_MAX = 2_000
+BATCH = 50
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+RECOVERY_S = 60.0
+HELD_MIB_MAX = 2
+HUB = """
+listen: "0.0.0.0:4222"
+max_payload: 8388608
+jetstream { store_dir: "/data", sync_interval: always }
+leafnodes { listen: "0.0.0.0:7422", include 'secrets/leaf.conf' }
+"""
+
+
+@dataclass
+class Site:
+    hub_url: str
+    url: str
+    """Where publishers connect."""
+    hub: Server
+    leaf: Server
+    forwarder: Server
+
+
+async def start(*servers: Server) -> None:
+    for server in servers:
+        await server.start()
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    """All three stopped, until the test starts them."""
+    hub, hub_leaf, leaf, health = ports.free(4)
+    url = f"nats://site:{PASSWORD}@{ports.LOOPBACK}:{leaf}"
+    hub_secret = f"authorization {{ user: edge, password: {PASSWORD} }}"
+    secret = f"SITE_PASSWORD: {PASSWORD}\nUPLINK_PASSWORD: {PASSWORD}\n"
+    secret += f'HUB: "nats-leaf://edge:{PASSWORD}@{ports.LOOPBACK}:{hub_leaf}"\n'
+    options = {
+        "LEPTONIC_NATS_URL": url,
+        "LEPTONIC_EDGE_HUB_URL": url.replace("site:", "uplink:"),
+        "LEPTONIC_EDGE_HTTP_PORT": str(health),
+        "LEPTONIC_EDGE_HELD_MIB_MAX": str(HELD_MIB_MAX),
+    }
+    edge_conf = (CONF / "nats-edge.conf").read_text()
+    three = [
+        nats(tmp_path / "hub", HUB, hub_secret, {4222: hub, 7422: hub_leaf}),
+        nats(tmp_path / "site", edge_conf, secret, {4222: leaf}),
+        Program(
+            name="forwarder",
+            command=(sys.executable, "-m", "stack.edge"),
+            environment=options,
+            ready=lambda: servers.answers(health, "/health/ready"),
+        ),
+    ]
+    async with AsyncExitStack() as stack:
+        made = [Server(program, tmp_path / f"{program.name}.log") for program in three]
+        for server in made:
+            stack.push_async_callback(server.stop)
+        yield Site(servers.nats_url(hub), url, *made)
+
+
+def nats(folder: Path, text: str, secret: str, port: Mapping[int, int]) -> Program:
+    """A server as the container runs it, on loopback and on other ports."""
+    text = text.replace("/data", f"{folder}/data").replace('http: "0.0.0.0:8222"\n', "")
+    for inside, outside in port.items():
+        text = text.replace(f"0.0.0.0:{inside}", f"{ports.LOOPBACK}:{outside}")
+    (folder / "secrets").mkdir(parents=True)
+    for name in ("site.conf", "leaf.conf"):
+        (folder / "secrets" / name).write_text(secret)
+    (folder / "nats.conf").write_text(text)
+
+    async def ready() -> bool:
+        return (await servers.first_line(port[4222])).startswith(b"INFO ")
+
+    command = (str(servers.SCRIPTS / "nats-server"), "-c", str(folder / "nats.conf"))
+    return Program(name=folder.name, command=command, ready=ready)
+
+
+async def publish(bus: JetStreamBus, numbers: range) -> None:
+    """A message a record, under the publisher's id."""
+    for n in numbers:
+        await bus.publish(SUBJECT, b'{"n":%d}' % n, id=f"n-{n}")
+
+
+async def publish_batches(bus: JetStreamBus, numbers: range) -> None:
+    """`BATCH` records a message, without an id: as any NATS client may."""
+    for first in numbers[::BATCH]:
+        batch = msgspec.json.encode([{"n": n} for n in range(first, first + BATCH)])
+        await bus.context.publish(
+            SUBJECT, batch, headers={TRACE_HEADER: TRACE, "ce-id": f"{first}"}
+        )
+
+
+async def held(local: JetStreamBus) -> int:
+    """Messages the hub has not acked."""
+    return int((await local.context.stream_info("EDGE")).state.messages)
+
+
+async def nothing_held(local: JetStreamBus) -> bool:
+    return await held(local) == 0
+
+
+async def arrived(hub: JetStreamBus) -> list[Delivery]:
+    with contextlib.suppress(ReadFailed):  # it may just be away
+        return await hub.read(RECORDS, "records.>", 0, 2 * RECORDS_MAX)
+    return []
+
+
+def numbers_in(deliveries: list[Delivery]) -> list[int]:
+    decoded = [msgspec.json.decode(one.payload) for one in deliveries]
+    return sorted(
+        one["n"] for batch in decoded for one in (batch if isinstance(batch, list) else [batch])
+    )
+
+
+async def test_what_the_site_took_while_the_hub_was_away_arrives_once(site: Site) -> None:
+    await start(site.hub, site.leaf, site.forwarder)
+    async with jetstream.connect(site.hub_url), jetstream.connect(site.url, streams=()) as local:
+        await publish_batches(local, range(BATCH))
+        await eventually(lambda: nothing_held(local))
+        await site.hub.stop()
+        await publish_batches(local, range(BATCH, RECORDS_MAX))
+        assert await held(local) == RECORDS_MAX // BATCH - 1
+        await site.hub.start()
+        await eventually(lambda: nothing_held(local), RECOVERY_S)
+    async with jetstream.connect(site.hub_url) as hub:
+        came = await arrived(hub)
+    assert numbers_in(came) == list(range(RECORDS_MAX))
+    assert {one.subject for one in came} == {SUBJECT}
+    assert {one.headers[TRACE_HEADER] for one in came} == {TRACE}
+    assert sorted(int(one.headers["ce-id"]) for one in came) == list(range(0, RECORDS_MAX, BATCH))
+
+
+async def test_whatever_is_killed_while_records_flow_each_arrives_once(site: Site) -> None:
+    await start(site.hub, site.leaf, site.forwarder)
+    victims = (site.forwarder, site.leaf, site.hub, site.forwarder)
+    share = RECORDS_MAX // len(victims)
+    async with (
+        jetstream.connect(site.hub_url) as hub,
+        jetstream.connect(site.url, streams=()) as local,
+    ):
+
+        async def more_arrived() -> bool:
+            return len(await arrived(hub)) > first
+
+        for turn, victim in enumerate(victims):
+            first = turn * share
+            publishing = asyncio.create_task(publish(local, range(first, first + share)))
+            await eventually(more_arrived, RECOVERY_S)
+            await victim.kill()
+            await victim.start()
+            await publishing
+        await eventually(lambda: nothing_held(local), RECOVERY_S)
+        assert numbers_in(await arrived(hub)) == list(range(RECORDS_MAX))
+
+
+async def test_a_full_site_refuses_and_loses_nothing(site: Site) -> None:
+    await start(site.leaf, site.forwarder)
+    async with jetstream.connect(site.url, streams=()) as local:
+        taken = await publish_until_refused(local)
+        assert await held(local) == taken == (HELD_MIB_MAX << 20) // 100_000
+        await start(site.hub)
+        async with jetstream.connect(site.hub_url) as hub:
+            await eventually(lambda: nothing_held(local), RECOVERY_S)
+            await publish(local, range(taken, taken + 1))
+            await eventually(lambda: nothing_held(local), RECOVERY_S)
+            assert numbers_in(await arrived(hub)) == list(range(taken + 1))
+
+
+async def publish_until_refused(local: JetStreamBus) -> int:
+    """How many were taken."""
+    taken = 0
+    with contextlib.suppress(PublishFailed):
+        while taken < RECORDS_MAX:
+            payload = msgspec.json.encode({"n": taken, "padding": "x" * 100_000})
+            await local.publish(SUBJECT, payload, id=f"n-{taken}")
+            taken += 1
+    return taken
