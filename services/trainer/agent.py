@@ -54,6 +54,9 @@ class Engine(Protocol):
     """What trains: `engine.Engine`, once Ray is warm."""
 
     def run(self, assignment: Assignment) -> AbstractAsyncContextManager[Run]: ...
+    def joined(self) -> Resources:
+        """What other machines lend it now."""
+        ...
 
 
 Key = tuple[str, str, int]
@@ -110,10 +113,21 @@ class Agent:
                 "node": self.node,
                 "incarnation": self.incarnation,
                 "kinds": [KIND],
-                "capacity": self.capacity,
+                "capacity": self.offered(),
                 "running": running,
                 "health": "Healthy" if self.engine.done() else "Initializing",
             }
+        )
+
+    def offered(self) -> Resources:
+        """This machine, and those that have joined its Ray."""
+        if not self.engine.done():
+            return self.capacity
+        joined = self.engine.result().joined()
+        return Resources(
+            self.capacity.cpu_milli + joined.cpu_milli,
+            self.capacity.memory_mib + joined.memory_mib,
+            self.capacity.gpu_milli,
         )
 
     def is_for_us(self, placed: AttemptPlaced) -> bool:

@@ -3,6 +3,7 @@
 Pure: time, ids and everything read from outside come in as arguments.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from libs.contracts.pipeline import Pipeline, Train, convert
 KIND = "train"
 LOOPBACK = "127.0.0.1"
 WORKERS_MAX = 16
-"""Workers of one gang on one node; more than that wants more nodes."""
+"""Workers of one gang."""
 POOL_SAMPLES_MAX = 10_000_000
 """Rows times epochs up to which `auto` takes the warm pool. Ray Train's set-up costs about 23 s
 even on a warm cluster; past this size that is a few percent of the run."""
@@ -108,6 +109,21 @@ class Setup(msgspec.Struct, frozen=True):
     """Folder with users' recipe modules; empty: only what is importable anyway."""
 
 
+class Node(msgspec.Struct, frozen=True):
+    """One of Ray's nodes, as a place for workers."""
+
+    id: str
+    is_head: bool
+    offers: Resources
+
+
+class Meeting(msgspec.Struct, frozen=True):
+    """Where a gang meets: rank 0's store."""
+
+    address: str
+    port: int
+
+
 class Unusable(ValueError):
     """The user's pipeline, recipe or data cannot be trained; trying again would end the same."""
 
@@ -158,13 +174,13 @@ def pipeline_of(spec: dict[str, Any]) -> Pipeline:
 
 
 def assignment_of(placed: AttemptPlaced) -> Assignment:
-    """Raises `Unusable` for a spec that no trainer wrote, or a gang that fits no node."""
+    """Raises `Unusable` for a spec that no trainer wrote, or a gang that is too large."""
     try:
         spec = msgspec.convert(placed.spec, TrainSpec)
     except msgspec.ValidationError as error:
         raise Unusable(f"spec of {placed.job}: {error}") from error
     if not 1 <= placed.workers <= WORKERS_MAX:
-        raise Unusable(f"$.train.workers: 1 to {WORKERS_MAX} on one node, got {placed.workers}")
+        raise Unusable(f"$.train.workers: 1 to {WORKERS_MAX}, got {placed.workers}")
     return Assignment(
         project=placed.project,
         job=placed.job,
@@ -182,6 +198,18 @@ def engine_of(spec: TrainSpec) -> str:
     epochs = spec.train.params.get("epochs", 1)
     samples = spec.rows * epochs if isinstance(epochs, int) else spec.rows
     return "pool" if samples <= POOL_SAMPLES_MAX else "ray_train"
+
+
+def spread(count: int, nodes: Sequence[Node], busy: Mapping[str, int]) -> list[Node]:
+    """Where each of a gang goes: one by one to where the fewest are for the CPU it offers, first
+    the head. `busy`: workers by node id."""
+    here = dict(busy)
+    chosen = []
+    for _ in range(count):
+        node = min(nodes, key=lambda one: (here.get(one.id, 0) + 1) / one.offers.cpu_milli)
+        here[node.id] = here.get(node.id, 0) + 1
+        chosen.append(node)
+    return chosen
 
 
 def is_own_code(recipe: str) -> bool:

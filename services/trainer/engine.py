@@ -9,26 +9,32 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from libs import telemetry
 from libs.contracts.artifacts import TrainResult
+from libs.contracts.events import Resources
+from services.trainer import cluster
 from services.trainer.domain import (
     LOOPBACK,
     Assignment,
     Lost,
+    Node,
     Outcome,
     Progress,
     Setup,
     Unusable,
     engine_of,
     is_own_code,
+    spread,
 )
 from services.trainer.ray_job import Conductor, Worker
 
@@ -39,67 +45,111 @@ VERDICT_S = 5.0
 """How long the other workers have to say why they failed, once one did."""
 WATCH_S = 2.0
 WATCH_TIMEOUT_S = 15.0
-OBJECT_STORE_BYTES = 80 << 20
-"""Only progress and results go through it; workers read data from object storage."""
 
 
 class Hired:
     """A live worker of the pool."""
 
-    def __init__(self, actor: Any, pid: int) -> None:
+    def __init__(self, actor: Any, pid: int, node: str) -> None:
         self.actor = actor
         self.pid = pid
+        self.node = node
 
 
 class Engine:
-    """One local Ray and its pool. Use `started`."""
+    """A Ray, of one node or several, and its pool. Use `started`."""
 
     def __init__(self, setup: Setup, size: int, folder: str) -> None:
         self.setup = setup
         self.size = size
         self.folder = folder
+        self.nodes: list[Node] = []
         self.idle: list[Hired] = []
-        self.coming = 0
+        self.coming: Counter[str] = Counter()
+        self.runs: set[Run] = set()
         self.refills: set[asyncio.Task[None]] = set()
         self.worker: Any = ray.remote(Worker)
 
-    async def hire(self) -> Hired:
+    async def hire(self, node: str) -> Hired:
         """A new process: about 5 s until torch is imported and warm."""
-        actor = self.worker.options(num_cpus=0).remote(self.setup)
+        where = NodeAffinitySchedulingStrategy(node, soft=False)
+        options = self.worker.options(num_cpus=0, scheduling_strategy=where)
         try:
-            return Hired(actor, await actor.pid.remote())
+            actor = options.remote(self.setup)
+            return Hired(actor, await actor.pid.remote(), node)
         except ray.exceptions.RayError as error:
             raise Lost(f"a worker did not start: {error}") from error
 
     async def take(self, count: int) -> list[Hired]:
-        taken = [self.idle.pop() for _ in range(min(count, len(self.idle)))]
-        return taken + await asyncio.gather(*(self.hire() for _ in range(count - len(taken))))
+        """A gang, spread over the nodes."""
+        busy = Counter(member.node for run in self.runs for member in run.members)
+        taken = [self.pick(node.id) for node in spread(count, self.nodes, busy)]
+        return list(await asyncio.gather(*taken))
+
+    def pick(self, node: str) -> Awaitable[Hired]:
+        """One of the idle there, which no other may have then, or a new one."""
+        for member in reversed(self.idle):
+            if member.node == node:
+                self.idle.remove(member)
+                return present(member)
+        return self.hire(node)
 
     def give_back(self, members: list[Hired]) -> None:
         """The first one taken is the next one taken: it has the data loaded."""
         self.idle.extend(reversed(members))
-        while len(self.idle) > self.size:
-            ray.kill(self.idle.pop(0).actor)
+        for node in {member.node for member in members}:
+            here = [member for member in self.idle if member.node == node]
+            for member in here[: -self.size]:
+                self.idle.remove(member)
+                ray.kill(member.actor)
 
     def dismiss(self, members: list[Hired]) -> None:
         """Kills them; the pool fills up again in the background."""
         for member in members:
             ray.kill(member.actor)
         if members:
-            task = asyncio.create_task(self.refill())
-            self.refills.add(task)
-            task.add_done_callback(self.refills.discard)
+            self.refill_soon()
+
+    def refill_soon(self) -> None:
+        task = asyncio.create_task(self.refill())
+        self.refills.add(task)
+        task.add_done_callback(self.refills.discard)
 
     async def watch(self) -> None:
         """Raises `Lost` once Ray itself is gone: calls would wait for it without end."""
         while True:
-            try:
-                nodes = await asyncio.wait_for(asyncio.to_thread(ray.nodes), WATCH_TIMEOUT_S)
-            except (TimeoutError, ray.exceptions.RayError) as error:
-                raise Lost(f"Ray does not answer: {error!r}") from error
-            if not any(node["Alive"] for node in nodes):
-                raise Lost("Ray's node is dead")
+            await self.look()
             await asyncio.sleep(WATCH_S)
+
+    async def look(self) -> None:
+        """Learns which nodes there are. Raises `Lost` where the head's is not among them."""
+        try:
+            told = await asyncio.wait_for(asyncio.to_thread(ray.nodes), WATCH_TIMEOUT_S)
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            raise Lost(f"Ray does not answer: {error!r}") from error
+        nodes = sorted(nodes_of(told), key=lambda node: (not node.is_head, node.id))
+        if not nodes or not nodes[0].is_head:
+            raise Lost("Ray's node is dead")
+        if nodes != self.nodes:
+            log.info("Ray has %s nodes", len(nodes))
+            self.nodes = nodes
+            self.forget_lost()
+            self.refill_soon()
+
+    def forget_lost(self) -> None:
+        """A gang whose member's machine is gone ends now: its others might wait for minutes."""
+        alive = {node.id for node in self.nodes}
+        self.idle = [member for member in self.idle if member.node in alive]
+        for run in self.runs:
+            if any(member.node not in alive for member in run.members):
+                for member in run.members:
+                    ray.kill(member.actor)
+
+    def joined(self) -> Resources:
+        others = [node.offers for node in self.nodes if not node.is_head]
+        return Resources(
+            sum(one.cpu_milli for one in others), sum(one.memory_mib for one in others)
+        )
 
     async def settled(self) -> None:
         """No worker is being started any more."""
@@ -108,19 +158,25 @@ class Engine:
         await asyncio.gather(*self.refills, return_exceptions=True)
 
     async def refill(self) -> None:
-        missing = max(0, self.size - len(self.idle) - self.coming)
-        self.coming += missing
+        """`size` idle workers on every node."""
+        await asyncio.gather(*(self.refill_node(node.id) for node in self.nodes))
+
+    async def refill_node(self, node: str) -> None:
+        idle = sum(member.node == node for member in self.idle)
+        missing = max(0, self.size - idle - self.coming[node])
+        self.coming[node] += missing
         try:
-            self.give_back(await asyncio.gather(*(self.hire() for _ in range(missing))))
+            self.give_back(await asyncio.gather(*(self.hire(node) for _ in range(missing))))
         except Lost as error:
             log.warning("pool: %s", error)
         finally:
-            self.coming -= missing
+            self.coming[node] -= missing
 
     @contextlib.asynccontextmanager
     async def run(self, assignment: Assignment) -> AsyncIterator["Run"]:
         """The workers of one attempt, for as long as the block lasts."""
         run = Run(self, assignment)
+        self.runs.add(run)
         completed = False
         try:
             yield run
@@ -128,6 +184,7 @@ class Engine:
         finally:
             own_code = is_own_code(assignment.spec.train.recipe)
             run.release(reusable=completed and not own_code)
+            self.runs.remove(run)
 
 
 class Run:
@@ -166,17 +223,18 @@ class Run:
                 if restarts == RESTARTS_MAX:
                     raise
                 log.warning("%s: set up again: %s", self.assignment.job, error)
+                await self.engine.look()
 
     async def on_pool(self) -> AsyncGenerator[Progress]:
         size = self.assignment.workers
         self.members = await self.engine.take(size)
         first = self.members[0].actor
         with translated():
-            port = await first.meet.remote(size) if size > 1 else 0
+            meeting = await first.meet.remote(size) if size > 1 else None
         place = telemetry.current()
         streams = [
             member.actor.fit.options(num_returns="streaming").remote(
-                self.assignment, rank, port, place
+                self.assignment, rank, meeting, place
             )
             for rank, member in enumerate(self.members)
         ]
@@ -191,8 +249,11 @@ class Run:
             raise error
 
     async def on_ray_train(self) -> AsyncGenerator[Progress]:
+        """Its conductor stays with the head, where Ray Train's folder is."""
         conductor: Any = ray.remote(Conductor)
-        self.conductor = conductor.options(num_cpus=0, max_concurrency=4).remote(self.engine.setup)
+        where = NodeAffinitySchedulingStrategy(self.engine.nodes[0].id, soft=False)
+        options = conductor.options(num_cpus=0, max_concurrency=4, scheduling_strategy=where)
+        self.conductor = options.remote(self.engine.setup)
         fit = self.conductor.fit.options(num_returns="streaming")
         folder = str(Path(self.engine.folder) / "train")
         with translated():
@@ -231,15 +292,37 @@ async def verdict(result: Any) -> None:
         await result
 
 
+async def present(member: Hired) -> Hired:
+    return member
+
+
+def nodes_of(told: list[dict[str, Any]]) -> Iterator[Node]:
+    """What `ray.nodes()` says of those that live."""
+    for one in told:
+        has = one["Resources"]
+        if one["Alive"] and cluster.MILLI in has:
+            offers = Resources(int(has[cluster.MILLI]), int(has["memory"]) >> 20)
+            yield Node(one["NodeID"], "node:__internal_head__" in has, offers)
+
+
 @contextlib.asynccontextmanager
-async def started(setup: Setup, size: int, cpus: int, folder: str) -> AsyncIterator[Engine]:
-    """Ray with a warm pool, until the block ends. `folder`: of an open `session`."""
-    with ThreadPoolExecutor(1, "ray") as thread:
+async def started(
+    setup: Setup, size: int, node: cluster.Node, folder: str
+) -> AsyncIterator[Engine]:
+    """Ray with a warm pool, until the block ends. `folder`: of an open `session`.
+
+    With an address this is the head of a cluster, which others may join."""
+    async with contextlib.AsyncExitStack() as stack:
+        if node.address:
+            await stack.enter_async_context(cluster.running(node, folder))
         # Ray's servers die with the thread that started them: this one stays.
-        await asyncio.get_running_loop().run_in_executor(thread, start_ray, folder, cpus)
+        thread = stack.enter_context(ThreadPoolExecutor(1, "ray"))
+        begin = join_ray if node.address else start_ray
+        await asyncio.get_running_loop().run_in_executor(thread, begin, node, folder)
         take_back_sigterm()
         engine = Engine(setup, size, folder)
         try:
+            await engine.look()
             await engine.refill()
             yield engine
         finally:
@@ -253,14 +336,33 @@ def take_back_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
-def start_ray(folder: str, cpus: int) -> None:
+def hear_ray() -> None:
     said_by_ray = logging.getLogger("ray")
     said_by_ray.handlers.clear()  # it would print plain lines beside the service's JSON
     said_by_ray.propagate = True
+
+
+def join_ray(node: cluster.Node, folder: str) -> None:
+    """The one that `cluster.running` has started here."""
+    hear_ray()
     ray.init(
-        num_cpus=cpus,
+        address=f"{node.address}:{node.port}",
+        log_to_driver=False,
+        configure_logging=False,
+        _temp_dir=folder,
+        _node_ip_address=node.address,
+    )
+
+
+def start_ray(node: cluster.Node, folder: str) -> None:
+    """On loopback, for this process alone."""
+    hear_ray()
+    ray.init(
+        num_cpus=cluster.cpus_of(node.offers),
+        resources=cluster.resources_of(node.offers),
         include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=cluster.OBJECT_STORE_BYTES,
+        _memory=node.offers.memory_mib << 20,
         log_to_driver=False,
         configure_logging=False,
         _temp_dir=folder,

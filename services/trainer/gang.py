@@ -1,7 +1,11 @@
 """A gang over torch.distributed's gloo: what the loop sees of the other workers."""
 
 import contextlib
+import fcntl
+import ipaddress
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -11,11 +15,13 @@ from torch import nn
 from torch._C._distributed_c10d import TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
-from services.trainer.domain import LOOPBACK
+from services.trainer.domain import Lost, Meeting
 
 TIMEOUT = timedelta(minutes=5)
 """A peer that lives but says nothing for so long is lost."""
 STORE_TIMEOUT = timedelta(seconds=30)
+SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface."""
 
 
 class Gloo:
@@ -45,24 +51,36 @@ class Gloo:
         return int(shared)
 
 
-def store_of(size: int) -> TCPStore:
+def store_of(size: int, address: str) -> TCPStore:
     """Rank 0's meeting point, on a free port of its own choice (`.port`)."""
-    return TCPStore(
-        LOOPBACK, 0, size, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False
-    )
+    return TCPStore(address, 0, size, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False)
 
 
 @contextlib.contextmanager
-def joined(rank: int, size: int, store: TCPStore | int) -> Iterator[Gloo]:
-    """In the gang for as long as the block lasts. `store`: rank 0's own, or its port."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if isinstance(store, int):
-        store = TCPStore(LOOPBACK, store, size, is_master=False, timeout=STORE_TIMEOUT)
+def joined(rank: int, size: int, store: TCPStore | Meeting, address: str) -> Iterator[Gloo]:
+    """In the gang for as long as the block lasts. `store`: rank 0's own, or where it is;
+    `address`: this worker's own."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(address))
+    if isinstance(store, Meeting):
+        store = TCPStore(store.address, store.port, size, is_master=False, timeout=STORE_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Gloo()
     finally:
         dist.destroy_process_group()
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address. All of 127.0.0.0/8 is the loopback's."""
+    if ipaddress.ip_address(address).is_loopback:
+        return "lo"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with contextlib.suppress(OSError):
+                if socket.inet_ntoa(fcntl.ioctl(one, SIOCGIFADDR, request)[20:24]) == address:
+                    return name
+    raise Lost(f"no network interface has the address {address}")
 
 
 def is_peer_lost(error: BaseException) -> bool:

@@ -11,7 +11,15 @@ from libs import telemetry
 from libs.contracts.artifacts import TrainResult
 from libs.objectstore import ObjectStore
 from services.trainer import gang, loop, worker
-from services.trainer.domain import Assignment, Outcome, Progress, Setup, Storage, TrainSpec
+from services.trainer.domain import (
+    Assignment,
+    Meeting,
+    Outcome,
+    Progress,
+    Setup,
+    Storage,
+    TrainSpec,
+)
 from services.trainer.export import exported
 
 WARM_UP_OPSET = 20
@@ -20,7 +28,8 @@ WARM_UP_OPSET = 20
 class Member:
     """What a worker of the pool does."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, address: str) -> None:
+        self.address = address
         self.open = contextlib.ExitStack()
         prepare(setup, self.open)
         self.objects = open_store(setup.storage)
@@ -28,23 +37,27 @@ class Member:
         self.store: Any = None
         warm_up()
 
-    def meet(self, size: int) -> int:
-        """Rank 0 opens the gang's meeting point and says on which port."""
-        self.store = gang.store_of(size)
-        return int(self.store.port)
+    def meet(self, size: int) -> Meeting:
+        """Rank 0 opens the gang's meeting point and says where it is."""
+        self.store = gang.store_of(size, self.address)
+        return Meeting(self.address, self.store.port)
 
-    def fit(self, assignment: Assignment, rank: int, port: int, place: str) -> Iterator[Progress]:
-        with worker.Blamed(), self.world(rank, assignment.workers, port) as world:
+    def fit(
+        self, assignment: Assignment, rank: int, meeting: Meeting | None, place: str
+    ) -> Iterator[Progress]:
+        """`meeting`: None for a gang of one."""
+        with worker.Blamed(), self.world(rank, assignment.workers, meeting) as world:
             loaded = self.load(assignment.spec, place)
             yield from worker.fit(assignment, loaded, self.objects, world, place)
 
     @contextlib.contextmanager
-    def world(self, rank: int, size: int, port: int) -> Iterator[loop.World]:
-        if size == 1:
+    def world(self, rank: int, size: int, meeting: Meeting | None) -> Iterator[loop.World]:
+        if meeting is None:
             yield loop.Alone()
             return
         try:
-            with gang.joined(rank, size, self.store if rank == 0 else port) as world:
+            store = self.store if rank == 0 else meeting
+            with gang.joined(rank, size, store, self.address) as world:
                 yield world
         finally:
             self.store = None

@@ -16,7 +16,15 @@ import ray
 import ray.exceptions
 
 from libs.contracts.artifacts import TrainResult
-from services.trainer.domain import Assignment, Lost, Outcome, Progress, Setup, Unusable
+from services.trainer.domain import (
+    Assignment,
+    Lost,
+    Meeting,
+    Outcome,
+    Progress,
+    Setup,
+    Unusable,
+)
 
 
 class Worker:
@@ -25,16 +33,18 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         from services.trainer.member import Member
 
-        self.member = Member(setup)
+        self.member = Member(setup, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
     def pid(self) -> int:
         return os.getpid()
 
-    def meet(self, size: int) -> int:
+    def meet(self, size: int) -> Meeting:
         return self.member.meet(size)
 
-    def fit(self, assignment: Assignment, rank: int, port: int, place: str) -> Iterator[Progress]:
-        yield from self.member.fit(assignment, rank, port, place)
+    def fit(
+        self, assignment: Assignment, rank: int, meeting: Meeting | None, place: str
+    ) -> Iterator[Progress]:
+        yield from self.member.fit(assignment, rank, meeting, place)
 
     def finish(self, assignment: Assignment, outcome: Outcome, place: str) -> TrainResult:
         return self.member.finish(assignment, outcome, place)

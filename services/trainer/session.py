@@ -20,22 +20,29 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "OMP_NUM_THREADS": "1",
 }
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[str]:
+def opened(token: str = "") -> Iterator[str]:
     """Ray's folder: short, since Ray's sockets lie below it and the path of one has 107 bytes.
 
     Nothing of Ray outlives this process, however it ends: see `reaper.py`, which runs in a session
-    of its own so that what kills our process group does not kill it first.
+    of its own so that what kills our process group does not kill it first. `token`: the cluster's;
+    a Ray of our own gets a new one.
     """
     folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
     mark = f"{MARK}={secrets.token_hex(16)}"
     os.environ.update(ENVIRONMENT)
     os.environ[MARK] = mark.removeprefix(f"{MARK}=")
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_AUTH_TOKEN"] = token or secrets.token_hex(32)
     command = [sys.executable, "-I", "-S", str(REAPER), mark, folder]
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     with subprocess.Popen(

@@ -15,9 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.datasets import load_digits
 
 from libs.contracts.artifacts import DatasetManifest, canonical
+from libs.contracts.events import Resources
 from libs.contracts.pipeline import Field, Train
 from libs.objectstore import ObjectStore
-from services.trainer import session
+from services.trainer import cluster, session
 from services.trainer.domain import Assignment, Setup, Storage, TrainSpec
 from stack.testing import ACCESS_KEY, PASSWORD
 
@@ -115,7 +116,7 @@ def ray_started(ray_folder: str, s3_server: str, shared: ObjectStore) -> Iterato
     from services.trainer import engine
 
     storage = Storage(s3_server, ACCESS_KEY, PASSWORD, BUCKET)
-    engine.start_ray(ray_folder, 2)
+    engine.start_ray(cluster.Node("", 0, Resources(2000, 4096)), ray_folder)
     yield engine.Engine(Setup(storage), 2, ray_folder)
     ray.shutdown()
 
@@ -123,6 +124,7 @@ def ray_started(ray_folder: str, s3_server: str, shared: ObjectStore) -> Iterato
 @pytest_asyncio.fixture
 async def pool(ray_started: Any) -> AsyncIterator[Any]:
     """The engine with two warm workers."""
+    await ray_started.look()
     await ray_started.refill()
     yield ray_started
     await asyncio.gather(*ray_started.refills)
