@@ -68,6 +68,12 @@ WITH_ATTRIBUTE = """
 select trace_id from span join attribute using (position) where key = ? and value = ?
 group by trace_id order by max(position) desc limit ?
 """
+ORPHANS = """
+select * from span where start_ns >= ? and parent_id <> '' and not exists (
+    select 1 from span as parent
+    where parent.trace_id = span.trace_id and parent.span_id = span.parent_id
+) order by position desc limit ?
+"""
 
 
 class SpanStore:
@@ -161,6 +167,11 @@ class SpanStore:
             edge = edge[: TRACES_MAX - len(found)]
             found.update(edge)
         return found
+
+    def orphans(self, since_ns: int, limit: int) -> list[Span]:
+        """The latest spans from then on whose parent is not here: lost, or still open."""
+        rows = self.connection.execute(ORPHANS, (since_ns, min(limit, TRACES_MAX)))
+        return [span_of(row, []) for row in rows]
 
     def services(self) -> list[dict[str, Any]]:
         rows = self.connection.execute(

@@ -62,6 +62,7 @@ async def test_spans_sent_by_the_sdk_are_told_as_one_story(tmp_path: Path) -> No
         story = await get(http, f"/v1/story/{second}")
         assert story["traces"] == [first, second]
         assert story["orphans"] == []
+        assert await get(http, "/v1/orphans?since_ns=1") == {"spans": []}
         (build,) = (one for one in story["spans"] if one["name"] == "build")
         assert build["kind"] == "consumer"
         assert build["links"] == [{"trace_id": first, "span_id": land["span_id"]}]
@@ -98,7 +99,11 @@ async def test_a_span_with_a_short_id_is_refused_and_the_rest_kept(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("path", "status", "field"),
-    [("/v1/traces/none", 404, "trace_id"), ("/v1/traces?limit=many", 400, "limit")],
+    [
+        ("/v1/traces/none", 404, "trace_id"),
+        ("/v1/traces?limit=many", 400, "limit"),
+        ("/v1/orphans?since_ns=0", 400, "since_ns"),
+    ],
 )
 async def test_a_wrong_question_is_refused(
     tmp_path: Path, path: str, status: int, field: str

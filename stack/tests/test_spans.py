@@ -89,6 +89,16 @@ def test_traces_are_found_by_attribute(store: SpanStore) -> None:
     assert store.traces("request_id", "nobody") == []
 
 
+def test_spans_without_their_parent_are_found_until_it_comes(store: SpanStore) -> None:
+    store.add([span("t/child", "late", start=5), span("u/old", "gone", start=1), span("v/root")])
+    assert [one.span_id for one in store.orphans(0, 10)] == ["old", "child"]
+    assert [one.span_id for one in store.orphans(2, 10)] == ["child"]
+    store.add([span("u/late")])
+    assert [one.span_id for one in store.orphans(2, 10)] == ["child"], "that is another trace"
+    store.add([span("t/late")])
+    assert store.orphans(2, 10) == []
+
+
 def test_the_oldest_spans_go_first(tmp_path: Path) -> None:
     store = SpanStore(tmp_path / "traces.db", spans_max=2)
     store.add([span("t/a", links=("u/x",), key="v"), span("t/b"), span("t/c")])
