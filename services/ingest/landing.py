@@ -139,17 +139,21 @@ class Landing:
                 return
 
     async def attempt(self, place: Place, deliveries: list[Delivery], began: float) -> None:
-        """Lands what has not landed yet, and acks. Raises `store.Raced`."""
-        ids = {domain.key_of(one): one.headers.get(ID_HEADER, "") for one in deliveries}
+        """Lands what has not landed yet, and acks. Raises `store.Raced`.
+
+        A process that stood still finds a message twice in one batch: as it was fetched, and as
+        it was delivered again meanwhile.
+        """
+        messages = {domain.key_of(one): one for one in deliveries}
+        ids = {key: one.headers.get(ID_HEADER, "") for key, one in messages.items()}
         seen = await self.insist(lambda: store.look(self.db, place, ids))
         if seen.schema is None:
             await self.unknown(place, deliveries, began)
             return
         fresh, duplicates = domain.sort_messages(ids, seen.landed, seen.ids)
         if fresh or duplicates:
-            new = set(fresh)
-            messages = [one for one in deliveries if domain.key_of(one) in new]
-            await self.write(place, layout_of(seen.schema), messages, duplicates)
+            new = [messages[key] for key in fresh]
+            await self.write(place, layout_of(seen.schema), new, duplicates)
         await self.ack(deliveries)
         metrics.settled(CONSUMER, metrics.HANDLED, deliveries, began)
 

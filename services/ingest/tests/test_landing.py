@@ -226,6 +226,20 @@ async def test_two_replicas_with_the_same_messages_land_them_once(
     assert [label for _, _, label in await rows_of(db, objects)] == [0, 1, 2, 3, 4, 5]
 
 
+async def test_a_message_that_is_twice_in_a_batch_lands_once(
+    bus: JetStreamBus, db: Database, objects: ObjectStore, landing: Landing
+) -> None:
+    """As after a pause longer than the broker waits for an ack."""
+    await bus.publish(DIGITS.subject, message(digit(1)), id="a")
+    await bus.publish(DIGITS.subject, message(digit(2)), id="b")
+    hasty = await bus.subscribe(RECORDS, "hasty", ["records.>"], ack_wait_s=0.1)
+    batch = [*await hasty.fetch(2, 5.0), *await hasty.fetch(2, 5.0)]
+    assert sorted(one.deliveries for one in batch) == [1, 1, 2, 2]
+    await asyncio.wait_for(landing.land(sorted(batch, key=lambda one: one.sequence)), 10)
+    assert [label for _, _, label in await rows_of(db, objects)] == [1, 2]
+    await eventually(lambda: is_done(hasty))
+
+
 async def test_records_wait_while_s3_is_away(
     bus: JetStreamBus, db: Database, tmp_path: Path
 ) -> None:
