@@ -1,19 +1,24 @@
 # One service, or the trace collector: `docker build --build-arg SERVICE=ingest .`
-# Its dependencies are a layer of their own, which a change of code leaves alone.
+# What it needs is a layer of its own, which only a change of its dependencies makes again.
+FROM python:3.11-bookworm AS wanted
+ARG SERVICE
+COPY pyproject.toml /
+RUN python3 -c 'import tomllib; p = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
+    print(*p["dependencies"], *p["optional-dependencies"]["'$SERVICE'"], sep="\n")' >/wanted.txt
+
 FROM python:3.11-bookworm AS build
 RUN pip install --no-cache-dir -q --root-user-action=ignore uv==0.13.8
-COPY pyproject.toml constraints.txt /src/
-WORKDIR /src
-ARG SERVICE
 ARG TORCH_BACKEND=cpu
+COPY constraints.txt /
+COPY --from=wanted /wanted.txt /
 # A build image that sets UV_FIND_LINKS is an air-gapped builder's, with torch in that folder;
 # elsewhere uv picks the torch build for the backend.
 RUN --mount=type=cache,target=/root/.cache/uv \
     [ -n "$UV_FIND_LINKS" ] || backend=--torch-backend=$TORCH_BACKEND; \
     uv venv -q /venv \
-    && uv pip install -q -p /venv --compile-bytecode $backend -c constraints.txt \
-        -r pyproject.toml --extra "$SERVICE" \
+    && uv pip install -q -p /venv --compile-bytecode $backend -c /constraints.txt -r /wanted.txt \
     && rm -rf /venv/lib/python3.11/site-packages/onnx/backend/test
+ARG SERVICE
 COPY libs /app/libs
 COPY stack /app/stack
 COPY services /app/services

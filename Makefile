@@ -28,6 +28,9 @@ test: check ## check, then every test
 test-long: setup ## minutes of training on real data: the articles' case
 	@$(PYTHON) -m pytest -m long -s
 
+test-compose: setup ## the loop, the demo and the faults in containers; starts a Docker engine where it can
+	@scripts/test_compose.sh
+
 images-offline: ## stand-ins for the base images, where no image registry is reached
 	@scripts/images_offline.sh
 

@@ -1,28 +1,40 @@
-"""A whole embedded stack for a test: started by the command a user would run, on free ports."""
+"""A whole stack for a test, of processes or of containers: started by the command a user would
+run, on free ports, with state of its own.
+"""
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
+import re
+import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import yaml
+from leptonic import compose
 from sklearn.datasets import load_digits
 
 from libs.bus import PublishFailed
 from libs.bus.jetstream import JetStreamBus, connect
+from stack import ports
 from stack.testing import eventually
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 60.0
 STAGE_S = 120.0
 STOP_S = 45.0
+STACKS = ("embedded", pytest.param("compose", marks=pytest.mark.compose))
+"""What a test of a whole stack is parametrised over."""
+S3_KEYS = ("s3_access_key", "s3_secret_key")
+PUBLISHED = re.compile(r"\$\{(STACK_\w+_PORT):-")
 
 
 class Stack:
@@ -103,6 +115,52 @@ class Stack:
         await until(ready, f"{process} is not back", READY_S)
 
 
+class Containers(Stack):
+    """The same of a Compose project, which the environment names."""
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir)
+        self.endpoints = dict(compose.locate().endpoints)
+
+    def endpoint(self, name: str) -> str:
+        """Ports and token stay the same as long as the project lives."""
+        return self.endpoints[name]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        running = compose.containers()
+        keys = {name: self.secret(f"LEPTONIC_{name.upper()}") for name in S3_KEYS}
+        found = {one["Service"]: self.entry(one) for one in running}
+        return {"endpoints": self.endpoints, "processes": found, "secrets": keys}
+
+    @staticmethod
+    def entry(container: dict[str, Any]) -> dict[str, Any]:
+        """Its pid is its init's, outside; 0 while it does not run."""
+        line = ["docker", "inspect", "--format", "{{.State.Pid}}", container["ID"]]
+        pid = int(subprocess.run(line, capture_output=True, check=True).stdout)
+        return {**compose.process_of(container), "pid": pid}
+
+    def pid(self, process: str) -> int:
+        (one,) = (c for c in compose.containers() if c["Service"] == process)
+        number: int = self.entry(one)["pid"]
+        return number
+
+    @functools.cache  # noqa: B019 - a test has one
+    def secret(self, variable: str) -> str:
+        folder = compose.TOKEN.rpartition("/")[0]
+        return compose.docker("exec", "-T", "registry", "cat", f"{folder}/{variable}").strip()
+
+    async def back(self, process: str, old_pid: int) -> None:
+        async def ready() -> bool:
+            there = [c for c in compose.containers() if c["Service"] == process]
+            return any(
+                self.entry(c)["pid"] not in (0, old_pid) and compose.process_of(c)["ready"]
+                for c in there
+            )
+
+        await until(ready, f"{process} is not back", READY_S)
+
+
 async def until(find: Callable[[], Any], problem: str, timeout_s: float) -> Any:
     """`eventually`, with a problem in words."""
     try:
@@ -111,8 +169,47 @@ async def until(find: Callable[[], Any], problem: str, timeout_s: float) -> Any:
         raise AssertionError(f"{problem} after {timeout_s:.0f} s: {error}") from error
 
 
+def running_stack(
+    data_dir: Path, kind: str = "embedded"
+) -> contextlib.AbstractAsyncContextManager[Stack]:
+    return running_processes(data_dir) if kind == "embedded" else running_containers(data_dir)
+
+
+@contextlib.contextmanager
+def compose_project() -> Iterator[str]:
+    """The environment of a project of its own, on free ports; nothing of it is left at the end.
+
+    The images are those that `make test-compose` has built.
+    """
+    published = sorted(set(PUBLISHED.findall((ROOT / "compose.yaml").read_text())))
+    numbers = map(str, ports.free(len(published)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPOSE_PROJECT_NAME", f"leptonic-test-{secrets.token_hex(3)}")
+        for name, number in zip(published, numbers, strict=True):
+            patch.setenv(name, number)
+        try:
+            yield os.environ["COMPOSE_PROJECT_NAME"]
+        finally:
+            compose.docker("down", "--volumes", "--timeout", "5")
+
+
 @contextlib.asynccontextmanager
-async def running_stack(data_dir: Path) -> AsyncIterator[Stack]:
+async def running_containers(data_dir: Path) -> AsyncIterator[Stack]:
+    with compose_project():
+        try:
+            await asyncio.to_thread(compose.docker, "up", "-d", "--wait", "--no-build")
+            stack = Containers(data_dir)
+            try:
+                yield stack
+            finally:
+                await stack.http.aclose()
+        finally:
+            data_dir.parent.mkdir(parents=True, exist_ok=True)
+            (data_dir.parent / "compose.log").write_text(compose.docker("logs", "--no-color"))
+
+
+@contextlib.asynccontextmanager
+async def running_processes(data_dir: Path) -> AsyncIterator[Stack]:
     log = data_dir.parent / "up.log"
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: ASYNC220 - fork and exec take 2 ms

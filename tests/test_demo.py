@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.running import STACKS, compose_project
+
 pytestmark = pytest.mark.slow
 LEPTONIC = str(Path(sys.executable).parent / "leptonic")
 DEMO_S = 400
@@ -19,19 +21,36 @@ STAGES = {
 }  # fmt: skip
 
 
-def left_behind(data_dir: Path) -> list[str]:
-    """Processes that name the folder."""
+def left_behind(name: str) -> list[str]:
+    """Processes that name it."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if str(data_dir) in line and process.pid != psutil.Process().pid:
+        if name in line and process.pid != psutil.Process().pid:
             found.append(line)
     return found
 
 
-def test_the_loop_runs_from_nothing_to_a_promoted_canary(tmp_path: Path) -> None:
-    data_dir = tmp_path / "data"
-    line = [LEPTONIC, "demo", "--json", "--data-dir", str(data_dir)]
+def containers_left(project: str) -> str:
+    line = ["docker", "ps", "--all", "--quiet", "--filter"]
+    label = f"label=com.docker.compose.project={project}"
+    return subprocess.run([*line, label], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_the_loop_runs_from_nothing_to_a_promoted_canary(kind: str, tmp_path: Path) -> None:
+    data_dir = str(tmp_path / "data")
+    line = [LEPTONIC, "demo", "--json", "--stack", kind, "--data-dir", data_dir]
+    if kind == "compose":
+        with compose_project() as project:
+            check_demo(line)
+            assert containers_left(project) == ""
+    else:
+        check_demo(line)
+        assert left_behind(data_dir) == []
+
+
+def check_demo(line: list[str]) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=DEMO_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads(done.stdout)
@@ -41,7 +60,6 @@ def test_the_loop_runs_from_nothing_to_a_promoted_canary(tmp_path: Path) -> None
     assert accuracy["drifted digits after"] >= 0.9 > accuracy["drifted digits before"]
     parts = {"ingest", "preprocess", "trainer", "scheduler", "registry", "inference"}
     assert parts <= set(measured["services"])
-    assert left_behind(data_dir) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -57,4 +75,4 @@ def test_an_interrupted_demo_stops_everything(tmp_path: Path, number: signal.Sig
         _, problem = demo.communicate(timeout=60)
     assert demo.returncode == 1
     assert "interrupted; what was started is stopped" in problem
-    assert left_behind(data_dir) == []
+    assert left_behind(str(data_dir)) == []

@@ -17,7 +17,15 @@ from pyarrow import BufferReader
 
 from libs.contracts.artifacts import DatasetManifest
 from libs.objectstore import ObjectStore
-from tests.running import Stack, digits, digits_pipeline, publish, running_stack, stranger
+from tests.running import (
+    STACKS,
+    Stack,
+    digits,
+    digits_pipeline,
+    publish,
+    running_stack,
+    stranger,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -33,9 +41,11 @@ AFTER_EVENT = {
 }
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
-    async with running_stack(tmp_path_factory.mktemp("faults") / "data") as running:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=STACKS)
+async def stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Stack]:
+    async with running_stack(tmp_path_factory.mktemp("faults") / "data", request.param) as running:
         yield running
 
 

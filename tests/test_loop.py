@@ -10,6 +10,7 @@ import pytest
 
 from tests.running import (
     ROOT,
+    STACKS,
     Stack,
     digits,
     digits_pipeline,
@@ -78,16 +79,18 @@ async def served(stack: Stack, model: str) -> dict[str, Any]:
     return await stack.event("deployment.ready", lambda data: data["model"] == model)
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=STACKS)
+def story(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """One turn of the loop, and every span of it, read back from the collector."""
     import asyncio
 
-    return asyncio.run(one_turn(tmp_path_factory.mktemp("loop") / "data"))
+    return asyncio.run(one_turn(tmp_path_factory.mktemp("loop") / "data", request.param))
 
 
-async def one_turn(data_dir: Path) -> dict[str, Any]:
-    async with running_stack(data_dir) as stack:
+async def one_turn(data_dir: Path, kind: str) -> dict[str, Any]:
+    async with running_stack(data_dir, kind) as stack:
         await stack.apply(digits_pipeline("digits", 600))
         traceparent = run(
             PUBLISH_AND_TRACE, stack.endpoint("nats"), stack.endpoint("otlp"), "digits"
