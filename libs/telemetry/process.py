@@ -1,7 +1,8 @@
 """Who this process is, in its metrics."""
 
-from prometheus_client import Gauge
+from prometheus_client import Gauge, disable_created_metrics
 
+disable_created_metrics()  # type: ignore[no-untyped-call]
 VERSION = "0.1.0"
 """Of the platform: what pyproject.toml says."""
 BUILD_INFO = Gauge("leptonic_build_info", "1; which release runs", ["service", "version"])

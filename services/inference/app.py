@@ -19,7 +19,7 @@ from libs.contracts.protos import (
     open_inference_pb2_grpc,
 )
 from libs.database import TRANSIENT, Database
-from libs.doors import gateway
+from libs.doors import dependencies, gateway
 from libs.doors.drain import Drain
 from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
@@ -80,11 +80,13 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
             incarnation=uuid.uuid4().hex,
             capacity=Resources(settings.cpu_milli, settings.memory_mib),
         )
-        agent = Agent(db, bus, store_of(settings), Registry(channel), endpoints, node)
+        objects = store_of(settings)
+        agent = Agent(db, bus, objects, Registry(channel), endpoints, node)
         stack.push_async_callback(count_what_is_left, agent)
         await stack.enter_async_context(
             background(
                 db.relay(bus),
+                dependencies.watch(db, bus, objects),
                 loop.run(bus, settings.node, HANDLERS, Context(db, agent), TRANSIENT),
                 feedback.consume_requests(bus, db),
                 feedback.consume_feedback(bus, db),

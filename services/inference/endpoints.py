@@ -126,6 +126,8 @@ class Endpoint:
     def follow(self, deployment: DeploymentUpdated, plan: domain.Plan) -> None:
         """From the next request on. A generation that is not complete leaves the old one's."""
         self.route = plan.route
+        for number, percent in plan.route.items():
+            self.served[number].statistics.traffic.set(percent)
         if plan.complete or self.deployment is None:
             self.deployment = deployment
             self.observed = []
@@ -134,7 +136,9 @@ class Endpoint:
                 served.batcher.line.limits = limits
 
     async def unload(self, number: int) -> None:
-        await self.served.pop(number).close()
+        unloaded = self.served.pop(number)
+        unloaded.statistics.traffic.set(0)
+        await unloaded.close()
 
     def pick(self, version: str) -> Served:
         """Raises `Refused`."""

@@ -3,7 +3,7 @@
 import time
 
 import msgspec
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from services.inference.batcher import Result
 
@@ -17,6 +17,9 @@ ERRORS = Counter("leptonic_inference_errors", "Requests not answered, by status"
 LATENCY = Histogram("leptonic_inference_latency_seconds", "Door to answer", LABELS, buckets=SECONDS)
 QUEUE = Histogram("leptonic_inference_queue_seconds", "Wait for a batch", LABELS, buckets=SECONDS)
 BATCH = Histogram("leptonic_inference_batch_rows", "Rows of a run batch", LABELS, buckets=ROWS)
+TRAFFIC = Gauge(
+    "leptonic_inference_traffic_percent", "Share of a model's requests a version gets", LABELS
+)
 LOG_DROPPED = Counter(
     "leptonic_inference_request_log_dropped", "Requests not logged because the log was full"
 )
@@ -42,6 +45,7 @@ class Statistics:
         self.latency = LATENCY.labels(model, version)
         self.queued = QUEUE.labels(model, version)
         self.batch_rows = BATCH.labels(model, version)
+        self.traffic = TRAFFIC.labels(model, version)
         self.last_inference_ms = 0
         self.inference_count = 0
         """Rows."""

@@ -8,7 +8,7 @@ from msgspec import Meta
 from libs import database, settings, telemetry
 from libs.bus import jetstream, loop
 from libs.contracts.protos import ingest_pb2, ingest_pb2_grpc
-from libs.doors import serve
+from libs.doors import dependencies, serve
 from libs.doors.drain import Drain
 from libs.objectstore import ObjectStore, Unavailable
 from services.ingest.handlers import HANDLERS, Context
@@ -52,6 +52,7 @@ async def main(settings: Settings) -> None:
         await stack.enter_async_context(
             serve.background(
                 db.relay(bus),
+                dependencies.watch(db, bus, objects),
                 loop.run(bus, "ingest", HANDLERS, Context(db), database.TRANSIENT),
                 landing.run(),
             )

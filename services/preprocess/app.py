@@ -10,6 +10,7 @@ from msgspec import Meta
 from libs import database, settings, telemetry
 from libs.bus import jetstream, loop
 from libs.contracts.protos import preprocess_pb2_grpc
+from libs.doors import dependencies
 from libs.doors.drain import Drain
 from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
@@ -52,6 +53,7 @@ async def main(config: Settings) -> None:
             await stack.enter_async_context(
                 background(
                     db.relay(bus),
+                    dependencies.watch(db, bus, objects),
                     loop.run(bus, NAME, HANDLERS, context, database.TRANSIENT),
                     worker.run(context),
                     request_log.run(bus, context),

@@ -17,7 +17,7 @@ from libs.contracts.artifacts import DatasetManifest
 from libs.contracts.events import DatasetVersionCreated, DriftDetected
 from libs.database import TRANSIENT, Transaction
 from libs.objectstore import Corrupt, Missing
-from services.preprocess import builder, domain, drift, store
+from services.preprocess import builder, domain, drift, meters, store
 from services.preprocess.domain import Part, State
 from services.preprocess.handlers import Context
 from services.preprocess.store import Version
@@ -54,6 +54,7 @@ async def run_once(context: Context) -> None:
         except UNUSABLE as error:
             failure = str(error)
             log.error("pipeline %s: no version: %s", pipeline, failure)
+            meters.FAILURES.labels(project, pipeline).inc()
         await context.store.mark_checked(state, position, failure)
 
 
@@ -115,6 +116,8 @@ async def observe(
     )
     if after != before:
         await store.keep_window(tx, state, source, after)
+        worst = max((one.psi for one in after.judged), default=0.0)
+        meters.DRIFT.labels(state.project, state.dataset, source).set(worst)
     if most is None:
         return False
     detected = DriftDetected(
@@ -171,14 +174,16 @@ def trigger_of(state: State, parts: list[Part], why: str) -> str | None:
 async def build_now(context: Context, state: State, parts: list[Part], why: str) -> Version:
     through = max((part.position for part in parts), default=0)
     fresh = state.through_position if through > state.through_position else state.fresh_position
-    payloads = await context.store.payloads(parts)
-    built = await asyncio.to_thread(builder.build, state.project, state.spec, payloads, fresh)
-    await context.store.put(built)
+    with meters.BUILD.labels(state.project, state.dataset).time():
+        payloads = await context.store.payloads(parts)
+        built = await asyncio.to_thread(builder.build, state.project, state.spec, payloads, fresh)
+        await context.store.put(built)
     async with context.store.db.transaction() as tx:
         version = await store.insert_version(tx, state, built, why, telemetry.current())
         await store.move_to_version(tx, state, built, fresh, through)
         if domain.is_news(state, version.digest):
             await tx.emit(news_of(state, version, why))
+    meters.ROWS.labels(state.project, state.dataset).set(version.rows)
     log.info("dataset %s version %d: %d rows", state.dataset, version.number, version.rows)
     return version
 

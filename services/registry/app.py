@@ -9,6 +9,7 @@ from libs import database, telemetry
 from libs.bus import jetstream, loop
 from libs.contracts.protos import registry_pb2, registry_pb2_grpc
 from libs.database import TRANSIENT
+from libs.doors import dependencies
 from libs.doors.drain import Drain
 from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
@@ -47,7 +48,8 @@ async def main(settings: Settings) -> None:
             context = Context(db, objects)
             servicer = Registry(context)
             handling = loop.run(bus, "registry", HANDLERS, context, TRANSIENT)
-            await stack.enter_async_context(background(db.relay(bus), handling))
+            needs = dependencies.watch(db, bus, objects)
+            await stack.enter_async_context(background(db.relay(bus), needs, handling))
             drain = Drain(db.ready, settings.share_ports, settings.drain_s)
             await stack.enter_async_context(
                 grpc_door(

@@ -11,6 +11,7 @@ from libs.bus import jetstream
 from libs.contracts.protos import scheduler_pb2
 from libs.contracts.protos.scheduler_pb2_grpc import add_SchedulerServicer_to_server
 from libs.database import TRANSIENT, connect
+from libs.doors import dependencies
 from libs.doors.drain import Drain
 from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.settings import Common
@@ -45,7 +46,7 @@ async def main(settings: Settings) -> None:
         def add(server: grpc.aio.Server) -> None:
             add_SchedulerServicer_to_server(doors, server)
 
-        await enter(background(db.relay(bus), lead(context, bus)))
+        await enter(background(db.relay(bus), dependencies.watch(db, bus), lead(context, bus)))
         # A standby is ready too: what it is asked waits until it leads.
         drain = Drain(db.ready, settings.share_ports, settings.drain_s)
         host, ready = settings.host, drain.ready

@@ -15,16 +15,19 @@ from psycopg.rows import DictRow
 
 from libs.bus import Bus, loop
 from libs.database import TRANSIENT
+from services.scheduler import meters
 from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
 from services.scheduler.stimuli import Heartbeat, Tick
 from services.scheduler.store import LEADER
+from services.scheduler.writer import Writer
 
 log = logging.getLogger(__name__)
 HEARTBEATS = "heartbeats.>"
 EAR = "heartbeats._scheduler"
 """What the scheduler says to hear whether it hears."""
 TICK_S = 0.5
+TELL_S = 2.0
 HOLD_S = 1.0
 """Between two looks at whether the lock is still ours."""
 
@@ -42,6 +45,7 @@ async def lead(context: Context, bus: Bus) -> None:
                     await work(context, bus, connection)
                 finally:
                     writer.leading.clear()
+                    meters.forget()
         except* TRANSIENT as group:
             log.warning("leads no more: %s", [str(error) for error in group.exceptions])
         await asyncio.sleep(HOLD_S)
@@ -56,6 +60,18 @@ async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow
         group.create_task(pulse.hear())
         group.create_task(pulse.attend())
         group.create_task(pulse.tick())
+        group.create_task(tell(context.writer))
+
+
+async def tell(writer: Writer) -> None:
+    """Metrics, now and then: most changes come in bursts."""
+    while True:
+        try:
+            async with writer.turn() as scheduler:
+                meters.show(scheduler, time.time())
+        except TRANSIENT as error:
+            log.warning("metrics: %s", error)
+        await asyncio.sleep(TELL_S)
 
 
 async def hold(lock: psycopg.AsyncConnection[DictRow]) -> None:

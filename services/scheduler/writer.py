@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from libs import telemetry
 from libs.contracts.events import AttemptPlaced, AttemptStopped, Event, JobFailed, JobSucceeded
 from libs.database import Transaction
+from services.scheduler import meters
 from services.scheduler.book import Impossible
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import Executor
@@ -67,6 +68,7 @@ class Writer:
         if not scheduler.is_news(stimulus):
             return
         self.committed = None
+        decided: list[Event] = []
         async with self.store.db.transaction() as tx:
             if not event_id or await tx.first_time(event_id):
                 decided = scheduler.handle(stimulus, time.time())
@@ -74,6 +76,7 @@ class Writer:
                 for event in decided:
                     await self.say(tx, scheduler, event)
         self.committed = scheduler
+        meters.count(scheduler, decided)
 
     async def say(self, tx: Transaction, scheduler: Scheduler, event: Event) -> None:
         match event:

@@ -24,7 +24,7 @@ from libs.contracts.events import (
     Resources,
 )
 from libs.database import TRANSIENT, Database, Transaction
-from services.trainer import store
+from services.trainer import meters, store
 from services.trainer.champion import Away, Registry
 from services.trainer.domain import (
     KIND,
@@ -100,6 +100,7 @@ class Agent:
 
     async def beat(self) -> None:
         while True:
+            meters.RAY_UP.set(self.engine.done())
             await self.bus.broadcast(f"heartbeats.{self.node}", self.heartbeat())
             await asyncio.sleep(BEAT_S)
 
@@ -141,6 +142,7 @@ class Agent:
         self.placed[key] = placed
         self.tasks[key] = self.group.create_task(self.attempt(placed, place))
         self.tasks[key].add_done_callback(lambda _: self.forget(key))
+        meters.RUNNING.set(len(self.placed))
 
     def stop(self, stopped: AttemptStopped) -> None:
         task = self.tasks.get((stopped.project, stopped.job, stopped.attempt))
@@ -150,6 +152,7 @@ class Agent:
     def forget(self, key: Key) -> None:
         del self.tasks[key]
         del self.placed[key]
+        meters.RUNNING.set(len(self.placed))
 
     async def attempt(self, placed: AttemptPlaced, place: str) -> None:
         with telemetry.span("train", parent=place) as span:
@@ -167,7 +170,9 @@ class Agent:
 
     async def train(self, placed: AttemptPlaced, assignment: Assignment, run: Run) -> TrainResult:
         began, resumed = monotonic(), 0
+        training = meters.Training(assignment)
         async for progress in run.fit():
+            training.note(progress)
             if not progress.metrics:
                 resumed = progress.epoch
                 continue
@@ -235,6 +240,7 @@ class Agent:
                 await tx.emit(event)
 
         await self.change(end)
+        meters.ATTEMPTS.labels(state).inc()
 
     async def change(self, work: Callable[[Transaction], Awaitable[None]]) -> None:
         """In one transaction, as soon as Postgres answers."""

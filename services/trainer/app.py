@@ -17,6 +17,7 @@ from libs.bus import Bus, jetstream, loop
 from libs.contracts.events import Resources
 from libs.contracts.protos import trainer_pb2, trainer_pb2_grpc
 from libs.database import TRANSIENT, Database
+from libs.doors import dependencies
 from libs.doors.drain import Drain
 from libs.doors.serve import background, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
@@ -84,7 +85,12 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
         folder = stack.enter_context(session.opened(settings.ray_token))
         context = Context(db, objects, agent)
         await stack.enter_async_context(
-            background(db.relay(bus), warm(settings, agent, folder), work(settings, bus, context))
+            background(
+                db.relay(bus),
+                dependencies.watch(db, bus, objects),
+                warm(settings, agent, folder),
+                work(settings, bus, context),
+            )
         )
         drain = Drain(db.ready, settings.share_ports, settings.drain_s)
         await stack.enter_async_context(doors(settings, Trainer(db), drain))

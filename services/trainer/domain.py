@@ -71,6 +71,8 @@ class Progress(msgspec.Struct, frozen=True):
     epoch: int
     epochs: int
     metrics: dict[str, float] = {}
+    samples: int = 0
+    """Rows the gang trained on in this epoch."""
 
 
 class Champion(msgspec.Struct, frozen=True):

@@ -99,7 +99,7 @@ def train(task: Task, world: World, checkpoints: Checkpoints) -> Iterator[Progre
         if world.rank == 0:
             metrics = {**validate(task, module), "loss": loss}
             checkpoints.save(epoch, module, optimizer)
-        yield Progress(epoch, epochs, metrics)
+        yield Progress(epoch, epochs, metrics, len(task.features))
 
 
 def train_epoch(
