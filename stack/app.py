@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -20,7 +20,7 @@ from stack import ports, servers, state
 from stack.guard import guarded
 from stack.ports import LOOPBACK, InUse
 from stack.process import NotReady, Program
-from stack.state import Locked, Process, Secrets, State
+from stack.state import Locked, Process, Roll, Secrets, State
 from stack.supervisor import Supervisor
 
 SERVERS = ("nats", "postgres", "s3")
@@ -83,8 +83,44 @@ async def up(folder: Path, mode: str, table: Table) -> None:
 
     supervisor = Supervisor(programs, folder / "logs", say, changed)
     with told(known, folder):
-        await supervisor.run(stop)
+        async with rolling(known, folder, supervisor):
+            await supervisor.run(stop)
     say("stopped")
+
+
+@contextlib.asynccontextmanager
+async def rolling(known: State, folder: Path, supervisor: Supervisor) -> AsyncIterator[None]:
+    """Restarts services one after the other whenever SIGUSR1 says that it is asked for."""
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, asked.set)
+
+    async def roll_when_asked() -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            known.roll = state.roll_asked(folder)
+            state.save(known, folder)
+            await roll(known.roll, supervisor, lambda: state.save(known, folder))
+
+    task = asyncio.create_task(roll_when_asked())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def roll(asked: Roll, supervisor: Supervisor, changed: Callable[[], None]) -> None:
+    for name in asked.services:
+        try:
+            await supervisor.replace(name)
+        except NotReady as error:
+            asked.error = str(error)
+            say(f"{name}: not replaced: {error}")
+            changed()
+            return
+        asked.done.append(name)
+        changed()
 
 
 @contextlib.contextmanager
@@ -93,6 +129,7 @@ def told(known: State, folder: Path) -> Iterator[None]:
     known.pid = os.getpid()
     known.started_at = datetime.now(UTC).isoformat()
     known.processes = {}
+    known.roll = None
     state.save(known, folder)
     try:
         yield
@@ -127,16 +164,18 @@ def collector(file: Path, otlp_port: int, http_port: int) -> Program:
 
 def services(port: Mapping[str, int], keys: Secrets) -> list[Program]:
     environment = environment_of(port, keys)
-    return [service(name, port[f"{name}_http"], environment) for name in SERVICES]
+    return [service(name, port, environment) for name in SERVICES]
 
 
-def service(name: str, http_port: int, environment: Mapping[str, str]) -> Program:
+def service(name: str, port: Mapping[str, int], environment: Mapping[str, str]) -> Program:
     path = "/v2/health/ready" if name == "inference" else "/health/ready"
+    http_port = port[f"{name}_http"]
     return Program(
         name=name,
         command=(sys.executable, "-m", f"services.{name}"),
         environment=environment,
         ready=lambda: servers.answers(http_port, path),
+        doors=tuple(port[door] for door in ports.DOORS if door.startswith(f"{name}_")),
         after=(*SERVERS, "collector"),
     )
 
@@ -146,6 +185,7 @@ def environment_of(port: Mapping[str, int], keys: Secrets) -> dict[str, str]:
     own = {f"LEPTONIC_{n.upper()}_PORT": str(port[n]) for n in ports.DOORS if n != "nats"}
     common = {
         "LEPTONIC_HOST": LOOPBACK,
+        "LEPTONIC_SHARE_PORTS": "true",
         "LEPTONIC_NATS_URL": servers.nats_url(port["nats"]),
         "LEPTONIC_POSTGRES_DSN": servers.postgres_dsn(port["postgres"], keys.postgres_password),
         "LEPTONIC_S3_ENDPOINT": f"{LOOPBACK}:{port['s3']}",

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
+
+import psutil
 
 READY_POLL_S = 0.03
 READY_S = 60.0
@@ -31,6 +34,8 @@ class Program:
     """Whether it does its work now; asked again and again, must be bounded in time."""
     prepare: Callable[[], None] = field(default=lambda: None)
     """What its folder needs before each start; must stand being run again."""
+    doors: tuple[int, ...] = ()
+    """Ports that a newer process of it may share, to take over; () where none can."""
     after: tuple[str, ...] = ()
     """Names of the programs it needs: it starts after and stops before them."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -76,6 +81,25 @@ async def until_ready(
         await asyncio.sleep(READY_POLL_S)
 
 
+async def until_listening(
+    program: Program, process: subprocess.Popen[bytes], log: Path, timeout_s: float = READY_S
+) -> None:
+    """Until it has opened all its doors, which it does when it can answer. Raises `NotReady`."""
+
+    async def ready() -> bool:
+        return listens(process.pid, program.doors) and await program.ready()
+
+    await until_ready(dataclasses.replace(program, ready=ready), process, log, timeout_s)
+
+
+def listens(pid: int, ports: Collection[int]) -> bool:
+    try:
+        found = psutil.Process(pid).net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return False
+    return {one.laddr.port for one in found if one.status == psutil.CONN_LISTEN}.issuperset(ports)
+
+
 def tail(log: Path, size: int = 2000) -> str:
     return log.read_bytes()[-size:].decode(errors="replace").strip() if log.exists() else ""
 
@@ -95,12 +119,17 @@ async def until_exit(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-async def stop(program: Program, process: subprocess.Popen[bytes]) -> None:
-    """Asks it to end, insists after `stop_s`, and ends what it left in its process group."""
+async def stop(
+    program: Program, process: subprocess.Popen[bytes], most_s: float | None = None
+) -> None:
+    """Asks it to end, insists after `most_s`, and ends what it left in its process group.
+
+    Without `most_s`: after the program's own `stop_s`.
+    """
     if process.poll() is None:
         process.send_signal(program.stop_signal)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(until_exit(process), program.stop_s)
+            await asyncio.wait_for(until_exit(process), most_s or program.stop_s)
     kill_group(process)
     process.wait()
 

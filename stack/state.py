@@ -13,6 +13,8 @@ import msgspec
 
 FILE = "stack.json"
 LOCK = "lock"
+ROLL = "roll.json"
+"""Asks for a rolling restart; SIGUSR1 says that it lies there."""
 DYING_S = 15.0
 DYING_POLL_S = 0.05
 
@@ -25,6 +27,16 @@ class Process(msgspec.Struct, kw_only=True):
     pid: int | None = None
     restarts: int = 0
     ready: bool = False
+
+
+class Roll(msgspec.Struct, kw_only=True):
+    """A rolling restart: what was asked for, and how far it is."""
+
+    id: str
+    services: list[str]
+    done: list[str] = []
+    error: str = ""
+    """Why it ended before all were done; what was running goes on."""
 
 
 class Secrets(msgspec.Struct, frozen=True):
@@ -43,6 +55,8 @@ class State(msgspec.Struct, kw_only=True):
     started_at: str = ""
     endpoints: dict[str, str] = {}
     processes: dict[str, Process] = {}
+    roll: Roll | None = None
+    """The last one."""
     ports: dict[str, int] = {}
     secrets: Secrets
 
@@ -65,6 +79,10 @@ def save(state: State, folder: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / FILE)
+
+
+def roll_asked(folder: Path) -> Roll:
+    return msgspec.json.decode((folder / ROLL).read_bytes(), type=Roll)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from stack.process import NotReady, Program
 log = logging.getLogger(__name__)
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
+HAND_OVER_S = 40.0
+"""For who is replaced to answer what it was asked."""
 STEADY_S = 30.0
 """Up for so long, a program's next failure is its first again."""
 
@@ -28,6 +30,8 @@ class Member:
     program: Program
     log: Path
     running: subprocess.Popen[bytes] | None = None
+    beside: set[int] = field(default_factory=set)
+    """Process ids of its successor, not ready yet, or of its predecessor, not gone yet."""
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     was_ready: asyncio.Event = field(default_factory=asyncio.Event)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -115,11 +119,45 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 probing = group.create_task(self.probe(member, begun))
-                code = await process.until_exit(member.running)
+                code = await self.until_exit(member)
                 probing.cancel()
         finally:
             member.ready.clear()
         return code
+
+    async def until_exit(self, member: Member) -> int:
+        """Of the process that nobody has replaced; returns its exit code."""
+        while True:
+            watched = member.running
+            assert watched is not None
+            code = await process.until_exit(watched)
+            if member.running is watched:
+                return code
+
+    async def replace(self, name: str) -> None:
+        """A new process takes over from the running one, which ends once it has answered.
+
+        Raises `NotReady`; the running one goes on then.
+        """
+        member = self.members.get(name)
+        if member is None or not member.program.doors:
+            raise NotReady(f"no service is called {name!r}")
+        if not member.ready.is_set():
+            raise NotReady(f"{name} is not ready, so that there is nothing to take over")
+        started = monotonic()
+        leaving = new = await process.start(member.program, member.log)
+        member.beside = {new.pid}
+        try:
+            await process.until_listening(member.program, new, member.log)
+            assert member.running is not None
+            leaving, member.running = member.running, new
+            member.beside = {leaving.pid}
+            self.changed()
+            self.say(f"{name:<10} taken over after {monotonic() - started:.2f} s (pid {new.pid})")
+        finally:
+            await process.stop(member.program, leaving, HAND_OVER_S)
+            member.beside = set()
+        self.say(f"{name:<10} left after {monotonic() - started:.2f} s (pid {leaving.pid})")
 
     async def probe(self, member: Member, begun: float) -> None:
         """Says when it is ready."""
@@ -153,6 +191,7 @@ class Supervisor:
         """
         deadline = monotonic() + guard.SWEEP_S
         own = {m.running.pid for m in self.members.values() if m.running is not None}
+        own.update(*(m.beside for m in self.members.values()))
         while not self.preparing and (strays := guard.children(besides=own)):
             guard.end(strays)
             if monotonic() > deadline:

@@ -18,13 +18,12 @@ from time import monotonic
 from typing import NamedTuple
 
 Ready = Callable[[], Awaitable[bool]]
-LEAVE_S = 6.0
-"""Until the last gRPC connection has its age (5 s, give or take a tenth), and HTTP clients have let
-go what they do not use (httpx: after 5 s)."""
+HTTP_LEAVES_S = 6.0
+"""Until clients have let go what they do not use (httpx: after 5 s)."""
+GRPC_LEAVES_S = 20.0
+"""Until the last connection has its age (3 s, give or take a tenth), on a machine that is late."""
 HANDSHAKES_S = 0.1
 """Connections that were being opened are accepted in this time."""
-NOTICED_S = 2.0
-"""Until a balancer's next health checks; it asks every half second."""
 POLL_S = 0.05
 LISTENING, CONNECTED = "0A", "01"
 SO_ATTACH_REUSEPORT_CBPF = 51
@@ -40,13 +39,24 @@ class Socket(NamedTuple):
 
 
 class Drain:
-    """The end of one service's doors. They name their ports here."""
+    """The end of one service's doors. They name their ports here.
 
-    def __init__(self, ready: Ready, share_ports: bool = False, drain_s: float = 0.0) -> None:
+    `can_succeed`, where it says more than `ready`: whether a running process may end for this one.
+    """
+
+    def __init__(
+        self,
+        ready: Ready,
+        share_ports: bool = False,
+        drain_s: float = 0.0,
+        can_succeed: Ready | None = None,
+    ) -> None:
         self.is_ready = ready
+        self.can_succeed = can_succeed or ready
         self.share_ports = share_ports
         self.drain_s = drain_s
-        self.ports: set[int] = set()
+        self.ports: dict[int, float] = {}
+        """Port -> how long those connected there are waited for."""
         self.leaving = False
 
     async def ready(self) -> bool:
@@ -54,7 +64,7 @@ class Drain:
 
     async def until_answerable(self, port: int) -> None:
         """Before a door opens. Where another process answers, it goes on until this one can."""
-        while self.share_ports and is_taken(port) and not await self.is_ready():  # noqa: ASYNC110 - a port tells no event
+        while self.share_ports and is_taken(port) and not await self.can_succeed():  # noqa: ASYNC110 - a port tells no event
             await asyncio.sleep(POLL_S)
 
     async def until_over(self) -> None:
@@ -64,20 +74,20 @@ class Drain:
         if any(is_taken(port) for port in self.ports):
             for port in self.ports:
                 step_aside(port)
-            await self.emptied(HANDSHAKES_S, LEAVE_S)
-        else:
-            await self.emptied(NOTICED_S, self.drain_s)
+            await self.emptied(HANDSHAKES_S)
+        elif self.drain_s:
+            await self.emptied(self.drain_s)
 
-    async def emptied(self, least_s: float, most_s: float) -> None:
+    async def emptied(self, least_s: float) -> None:
         began = monotonic()
-        while (passed_s := monotonic() - began) < most_s:
-            if passed_s >= least_s and not self.connected():
-                return
+        while (passed_s := monotonic() - began) < least_s or self.awaited(passed_s):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(POLL_S)
 
-    def connected(self) -> bool:
+    def awaited(self, passed_s: float) -> bool:
+        """Whether somebody is connected who may still leave by himself."""
+        patient = {port for port, patience_s in self.ports.items() if passed_s < patience_s}
         return any(
-            one.port in self.ports and one.state == CONNECTED and one.descriptor is not None
+            one.port in patient and one.state == CONNECTED and one.descriptor is not None
             for one in sockets()
         )
 

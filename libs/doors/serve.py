@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from libs import telemetry
 from libs.doors import Refused
-from libs.doors.drain import Drain, Ready, stopped
+from libs.doors.drain import GRPC_LEAVES_S, HTTP_LEAVES_S, Drain, Ready, stopped
 from libs.doors.gateway import on_refused, openapi, routes
 from libs.doors.metrics import CountedCalls, CountedRequests
 
@@ -30,7 +30,7 @@ DRAIN_S = 4.0
 """For each door; one after the other they stay within the 10 s a service has to end."""
 READY_POLL_S = 1.0
 CANCEL_AGAIN_S = 0.5
-AGE_MS = 5000
+AGE_MS = 3000
 """Of a gRPC connection: its client opens another, and loses no request. Ending the server instead
 cancels what arrives while its good-bye is on the way."""
 IDLE_S = 75
@@ -100,7 +100,7 @@ async def grpc_door(
     options = [
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_connection_age_ms", AGE_MS),
-        *reuse(shared=await joined(drain, port)),
+        *reuse(shared=await joined(drain, port, GRPC_LEAVES_S)),
     ]
     server = grpc.aio.server(interceptors=[CountedCalls(), Refusals(own_span)], options=options)
     add(server)
@@ -164,12 +164,12 @@ def http_app(
     )
 
 
-async def joined(drain: Drain | None, port: int) -> bool:
+async def joined(drain: Drain | None, port: int, patience_s: float) -> bool:
     """Whether the door shares its port; where another process has it, once this one can answer."""
     if drain is None:
         return False
     await drain.until_answerable(port)
-    drain.ports.add(port)
+    drain.ports[port] = patience_s
     return drain.share_ports
 
 
@@ -197,7 +197,7 @@ async def http_door(
 
     Raises `OSError` when the port is in use.
     """
-    shared = await joined(drain, port)
+    shared = await joined(drain, port, HTTP_LEAVES_S)
     config = uvicorn.Config(
         Parting(app, drain) if drain else app,
         timeout_keep_alive=IDLE_S,

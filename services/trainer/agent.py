@@ -131,6 +131,9 @@ class Agent:
             self.capacity.gpu_milli,
         )
 
+    async def is_warm(self) -> bool:
+        return self.engine.done()
+
     def is_for_us(self, placed: AttemptPlaced) -> bool:
         return placed.node == self.node and placed.kind == KIND
 

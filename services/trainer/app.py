@@ -92,7 +92,7 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
                 work(settings, bus, context),
             )
         )
-        drain = Drain(db.ready, settings.share_ports, settings.drain_s)
+        drain = Drain(db.ready, settings.share_ports, settings.drain_s, agent.is_warm)
         await stack.enter_async_context(doors(settings, Trainer(db), drain))
         yield agent, drain
 
