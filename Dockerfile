@@ -39,6 +39,6 @@ COPY --from=build /app /app
 WORKDIR /app
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SERVICE=$SERVICE
 USER 10001
-HEALTHCHECK --interval=3s --timeout=3s --start-period=60s --retries=5 \
+HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=5 \
     CMD ["python", "-I", "-S", "libs/doors/healthy.py"]
 CMD ["sh", "-c", "exec python -m services.$SERVICE"]
