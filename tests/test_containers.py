@@ -15,7 +15,7 @@ from leptonic.errors import Error
 
 from libs.settings import SERVICES
 from tests.running import compose_project, until
-from tests.test_compose import CORE_MAX
+from tests.test_compose_file import CORE_MAX
 
 pytestmark = [pytest.mark.slow, pytest.mark.compose]
 MIB = 1 << 20
