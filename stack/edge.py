@@ -7,17 +7,16 @@ A message leaves the site's disk after that ack, under an id that a second try h
 """
 
 import asyncio
-import contextlib
 import logging
 import os
+from time import perf_counter
 from typing import Annotated
 
 import uvloop
 from msgspec import Meta
-from prometheus_client import Counter, Gauge
 
 from libs import settings, telemetry
-from libs.bus import ID_HEADER, RECORDS, Bus, Delivery, PublishFailed, Stream, Subscription
+from libs.bus import ID_HEADER, RECORDS, Bus, Delivery, PublishFailed, Stream, Subscription, metrics
 from libs.bus.jetstream import connect
 from libs.doors.serve import background, http_app, http_door, until_stopped
 
@@ -28,11 +27,8 @@ BATCH_MAX = 32
 FETCH_TIMEOUT_S = 1.0
 ACK_WAIT_S = 10.0
 RETRY_S = 1.0
-WATCH_S = 2.0
 EXPECTED_STREAM = "Nats-Expected-Stream"
 """The server refuses the publish when another stream than this would take it."""
-FORWARDED = Counter("leptonic_edge_forwarded_messages", "Messages the hub acked")
-HELD = Gauge("leptonic_edge_held_messages", "Messages the hub has not acked yet")
 
 
 class Settings(settings.Common, frozen=True, kw_only=True):
@@ -59,7 +55,8 @@ async def main(config: Settings) -> None:
 
         app = http_app("Leptonic edge", [], ready)
         async with (
-            background(forward(taken, hub, config.site), watch(taken)),
+            background(forward(taken, hub, config.site)),
+            metrics.watched(taken, held, DURABLE),
             http_door(config.host, config.http_port, app),
         ):
             await until_stopped()
@@ -73,6 +70,7 @@ async def forward(taken: Subscription, hub: Bus, site: str) -> None:
 
 async def deliver(delivery: Delivery, hub: Bus, site: str) -> None:
     """The hub's ack first, then the site's; what comes between brings the message again."""
+    began = perf_counter()
     own = {name: text for name, text in delivery.headers.items() if not name.startswith("Nats-")}
     headers = {**own, EXPECTED_STREAM: RECORDS.name}
     try:
@@ -82,22 +80,17 @@ async def deliver(delivery: Delivery, hub: Bus, site: str) -> None:
     except PublishFailed as error:
         log.warning("%s; it is kept, and tried again in %s s", error, RETRY_S)
         await delivery.nak(RETRY_S)
+        outcome = metrics.RETRIED
     else:
         await delivery.ack()
-        FORWARDED.inc()
+        outcome = metrics.HANDLED
+    metrics.settled(DURABLE, outcome, [delivery], began)
 
 
 def id_of(delivery: Delivery, site: str) -> str:
     """The publisher's own, else one that neither another site nor a new disk repeats."""
     given = delivery.headers.get(ID_HEADER)
     return given or f"{site}-{delivery.sequence}-{delivery.stored_at_ns}"
-
-
-async def watch(taken: Subscription) -> None:
-    while True:
-        with contextlib.suppress(ConnectionError):
-            HELD.set(await taken.pending())
-        await asyncio.sleep(WATCH_S)
 
 
 if __name__ == "__main__":

@@ -17,4 +17,14 @@ keep $services/LEPTONIC_POSTGRES_DSN \
 keep /secrets/nats/token.conf "authorization { token: \"$(cat $services/LEPTONIC_NATS_TOKEN)\" }"
 keep /secrets/s3/user "$(cat $services/LEPTONIC_S3_ACCESS_KEY)"
 keep /secrets/s3/password "$(cat $services/LEPTONIC_S3_SECRET_KEY)"
-chown -R 10001 $services
+keep /secrets/edge/leaf "$(random)"
+keep /secrets/edge/site "$(random)"
+keep /secrets/nats/leaf.conf \
+  "authorization { user: edge, password: \"$(cat /secrets/edge/leaf)\" }"
+site=$(cat /secrets/edge/site)
+keep /secrets/nats-edge/site.conf "SITE_PASSWORD: \"$site\"
+UPLINK_PASSWORD: \"$site\"
+HUB: \"nats-leaf://edge:$(cat /secrets/edge/leaf)@nats:7422\""
+keep /secrets/edge/LEPTONIC_NATS_URL "nats://site:$site@nats-edge:4222"
+keep /secrets/edge/LEPTONIC_EDGE_HUB_URL "nats://uplink:$site@nats-edge:4222"
+chown -R 10001 $services /secrets/edge

@@ -16,6 +16,7 @@ READY = {
     "scheduler": (8014, "/health/ready"),
     "inference": (8000, "/v2/health/ready"),
     "collector": (4318, "/health/ready"),
+    "edge": (8016, "/health/ready"),
 }
 TIMEOUT_S = 2.0
 

@@ -24,12 +24,6 @@ BATCH = 50
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 RECOVERY_S = 60.0
 HELD_MIB_MAX = 2
-HUB = """
-listen: "0.0.0.0:4222"
-max_payload: 8388608
-jetstream { store_dir: "/data", sync_interval: always }
-leafnodes { listen: "0.0.0.0:7422", include 'secrets/leaf.conf' }
-"""
 
 
 @dataclass
@@ -52,7 +46,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     """All three stopped, until the test starts them."""
     hub, hub_leaf, leaf, health = ports.free(4)
     url = f"nats://site:{PASSWORD}@{ports.LOOPBACK}:{leaf}"
-    hub_secret = f"authorization {{ user: edge, password: {PASSWORD} }}"
+    leaf_auth = f"authorization {{ user: edge, password: {PASSWORD} }}"
     secret = f"SITE_PASSWORD: {PASSWORD}\nUPLINK_PASSWORD: {PASSWORD}\n"
     secret += f'HUB: "nats-leaf://edge:{PASSWORD}@{ports.LOOPBACK}:{hub_leaf}"\n'
     options = {
@@ -61,10 +55,11 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         "LEPTONIC_EDGE_HTTP_PORT": str(health),
         "LEPTONIC_EDGE_HELD_MIB_MAX": str(HELD_MIB_MAX),
     }
-    edge_conf = (CONF / "nats-edge.conf").read_text()
+    hub_conf, site_conf = (CONF / name for name in ("nats.conf", "nats-edge.conf"))
+    hub_secrets = {"token.conf": "", "leaf.conf": leaf_auth}
     three = [
-        nats(tmp_path / "hub", HUB, hub_secret, {4222: hub, 7422: hub_leaf}),
-        nats(tmp_path / "site", edge_conf, secret, {4222: leaf}),
+        nats(tmp_path / "hub", hub_conf, hub_secrets, {4222: hub, 7422: hub_leaf}),
+        nats(tmp_path / "site", site_conf, {"site.conf": secret}, {4222: leaf}),
         Program(
             name="forwarder",
             command=(sys.executable, "-m", "stack.edge"),
@@ -79,13 +74,14 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield Site(servers.nats_url(hub), url, *made)
 
 
-def nats(folder: Path, text: str, secret: str, port: Mapping[int, int]) -> Program:
-    """A server as the container runs it, on loopback and on other ports."""
-    text = text.replace("/data", f"{folder}/data").replace('http: "0.0.0.0:8222"\n', "")
+def nats(folder: Path, conf: Path, secrets: Mapping[str, str], port: Mapping[int, int]) -> Program:
+    """A server as its container runs it, but on loopback, on other ports and without monitoring."""
+    text = conf.read_text().replace("/data", f"{folder}/data")
+    text = text.replace('http: "0.0.0.0:8222"\n', "")
     for inside, outside in port.items():
         text = text.replace(f"0.0.0.0:{inside}", f"{ports.LOOPBACK}:{outside}")
     (folder / "secrets").mkdir(parents=True)
-    for name in ("site.conf", "leaf.conf"):
+    for name, secret in secrets.items():
         (folder / "secrets" / name).write_text(secret)
     (folder / "nats.conf").write_text(text)
 
