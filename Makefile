@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-long test-compose images-offline check bench generate format clean
+.PHONY: help setup demo test test-long test-compose chaos images-offline check bench generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +33,9 @@ test-compose: setup ## the loop, the demo and the faults in containers; starts a
 
 images-offline: ## stand-ins for the base images, where no image registry is reached
 	@scripts/images_offline.sh
+
+chaos: setup ## breaks everything in turn under load: KIND=embedded|compose SEED=1 ONLY=nats
+	@$(PYTHON) -m pytest -m chaos -s tests/chaos
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
