@@ -18,6 +18,7 @@ if ! answers; then
   }
   # In a session of its own: it outlives this script, as a service would.
   setsid nohup dockerd --storage-driver=overlay2 </dev/null >"$work/dockerd.log" 2>&1 &
+  echo $! >"$work/dockerd.pid"
   for _ in $(seq 150); do answers && break; sleep 0.2; done
   answers || cannot "dockerd does not start: $(tail -1 "$work/dockerd.log")"
 fi
