@@ -82,7 +82,7 @@ def write(file: Path, plan: Plan) -> None:
 
 def services(plan: Plan, port: Mapping[str, int], keys: Secrets) -> Iterator[Program]:
     for name in SERVICES:
-        program = app.service(name, port[f"{name}_http"], environment(plan, name, port, keys))
+        program = app.service(name, port, environment(plan, name, port, keys))
         yield replace(program, after=(*program.after, "network"))
 
 
