@@ -17,10 +17,13 @@ import msgspec
 from libs import telemetry
 from libs.bus import EVENTS, ID_HEADER, TRACE_HEADER, Bus, Delivery, Subscription, metrics
 from libs.bus.metrics import DEAD_LETTERED, HANDLED, RETRIED
-from libs.contracts.events import Event, decode
+from libs.contracts.events import Event, UnknownType, decode
 
 log = logging.getLogger(__name__)
 ATTEMPTS_MAX = 5
+UNKNOWN_DELIVERIES_MAX = 20
+"""Some three minutes: while a service is replaced, the newer process shares the consumer, and takes
+what the older one does not know."""
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 10.0
 FETCH_MAX = 64
@@ -100,7 +103,12 @@ async def take(
     """Returns the outcome, for `metrics.settled`."""
     try:
         envelope, event = decode(delivery.payload)
+        if type(event) not in handlers:
+            raise UnknownType(f"{service} does not handle {envelope.type}")
     except msgspec.DecodeError as error:
+        if isinstance(error, UnknownType) and delivery.deliveries < UNKNOWN_DELIVERIES_MAX:
+            await delivery.nak(backoff_s(delivery.deliveries))
+            return RETRIED
         await dead_letter(bus, delivery, f"dlq.events.{service}", f"not an event: {error}")
         await delivery.ack()
         return DEAD_LETTERED

@@ -382,13 +382,17 @@ def encode(event: Event, *, id: str, service: str, time: str, traceparent: str =
     return msgspec.json.encode(envelope)
 
 
-def decode(payload: bytes) -> tuple[Envelope, Event]:
-    """CloudEvents JSON -> (envelope, event).
+class UnknownType(msgspec.ValidationError):
+    """An event, of a type that another release reads."""
 
-    Raises `msgspec.ValidationError` for a payload that is no event of a known type.
+
+def decode(payload: bytes) -> tuple[Envelope, Event]:
+    """CloudEvents JSON -> (envelope, event); fields that are not known are passed over.
+
+    Raises `UnknownType`, or `msgspec.ValidationError` for a payload that is no event.
     """
     envelope = msgspec.json.decode(payload, type=Envelope)
     kind = BY_TYPE.get(envelope.type)
     if kind is None:
-        raise msgspec.ValidationError(f"unknown event type {envelope.type!r}")
+        raise UnknownType(f"unknown event type {envelope.type!r}")
     return envelope, msgspec.json.decode(envelope.data, type=kind)

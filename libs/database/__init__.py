@@ -25,7 +25,7 @@ from libs.bus.metrics import type_of
 from libs.contracts.events import Event, encode, subject_of
 from libs.database.metrics import OUTBOX, PUBLISHED
 
-__all__ = ["TRANSIENT", "Database", "Jsonb", "Transaction", "connect"]
+__all__ = ["TRANSIENT", "Contract", "Database", "Jsonb", "Transaction", "connect"]
 
 log = logging.getLogger(__name__)
 TRANSIENT: tuple[type[Exception], ...] = (OSError, psycopg.OperationalError, PoolTimeout)
@@ -34,9 +34,9 @@ CONNECTIONS_MAX = 8
 WAIT_S = 5.0
 RELAY_BATCH_MAX = 256
 RELAY_POLL_S = 1.0
+HELD_POLL_S = 0.1
 INBOX_KEPT_DAYS = 31
 
-HELD_POLL_S = 0.1
 FOUNDATION = """
 create table if not exists migration (
     number int primary key,
@@ -54,6 +54,21 @@ create table if not exists outbox (
     traceparent text not null default ''
 );
 """
+
+
+class Contract(str):
+    """A migration that takes away what the release before did not use any more.
+
+    Every other one only adds, so that the release before runs on the schema of this one: while a
+    service is replaced both do, and after a rollback the older does. `tests/test_migrations.py`
+    reads them all.
+    """
+
+    __slots__ = ()
+
+
+class SchemaTooNew(RuntimeError):
+    """The schema was migrated by a release that is more than one ahead of this one."""
 
 
 class Transaction:
@@ -125,8 +140,6 @@ class Database:
         except TRANSIENT:
             return False
 
-    async def relay(self, bus: Bus) -> None:
-        """Publishes what was emitted, in order, until cancelled."""
     @contextlib.asynccontextmanager
     async def exclusively(self, name: str) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
         """Waits until nobody holds `name`; it is ours for as long as the connection lasts."""
@@ -143,6 +156,8 @@ class Database:
             finally:
                 await connection.close()  # back in the pool it would keep the lock
 
+    async def relay(self, bus: Bus) -> None:
+        """Publishes what was emitted, in order, until cancelled."""
         while True:
             try:
                 sent = await self.relay_once(bus)
@@ -182,7 +197,10 @@ class Database:
 async def migrate(
     connection: psycopg.AsyncConnection[DictRow], service: str, migrations: Sequence[str]
 ) -> None:
-    """Brings the service's schema up to date; concurrent starts wait for one another."""
+    """Brings the service's schema up to date; concurrent starts wait for one another.
+
+    A schema that is one ahead is as good: the next release is taking over. Raises `SchemaTooNew`.
+    """
     name = sql.Identifier(service)
     async with connection.transaction():
         await connection.execute("select pg_advisory_xact_lock(hashtext(%s))", (service,))
@@ -193,6 +211,11 @@ async def migrate(
         )
         row = await cursor.fetchone()
         assert row is not None
+        if row["number"] > len(migrations) + 1:
+            raise SchemaTooNew(
+                f"the schema {service} is at migration {row['number']}, this release knows "
+                f"{len(migrations)}: at most one ahead is safe; start a newer release"
+            )
         for number, statements in enumerate(migrations, start=1):
             if number > row["number"]:
                 await connection.execute(statements.encode())

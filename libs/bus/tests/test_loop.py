@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from libs.bus import DEAD_LETTERS, EVENTS, PublishFailed
-from libs.bus.loop import ATTEMPTS_MAX, Handlers, Meta, backoff_s, run_once, subjects_of
+from libs.bus.loop import (
+    ATTEMPTS_MAX,
+    UNKNOWN_DELIVERIES_MAX,
+    Handlers,
+    Meta,
+    backoff_s,
+    run_once,
+    subjects_of,
+)
 from libs.bus.memory import MemoryBus, Misbehaviour
 from libs.contracts.events import JobCancelled, PartLanded, encode, subject_of
 
@@ -149,6 +157,31 @@ async def test_what_is_no_event_is_dead_lettered_at_once() -> None:
     (letter,) = bus.streams["DLQ"]
     assert letter.headers["Leptonic-Reason"].startswith("not an event")
     assert letter.payload == b"{rubbish"
+
+
+async def test_what_the_next_release_says_waits_for_it() -> None:
+    """While a service is replaced its two processes share a consumer."""
+    clock = [0.0]
+    bus = misbehaving(clock, Misbehaviour())
+    event = {
+        "specversion": "1.0",
+        "id": "1",
+        "source": "/leptonic/x",
+        "time": "2027-01-01T00:00:00Z",
+    }
+    event |= {"type": "ai.leptonic.job.cancelled.v2", "data": {"job": "j"}}
+    await bus.publish("events.p.job.cancelled", json.dumps(event).encode(), id="1")
+    await publish(bus, "j")
+    context = Effects()
+    subscription = await bus.subscribe(EVENTS, "test", subjects_of(HANDLERS))
+    for _ in range(UNKNOWN_DELIVERIES_MAX):
+        assert bus.streams["DLQ"] == []
+        await run_once(bus, subscription, "test", HANDLERS, context)
+        clock[0] += 60.0
+        bus.wake()
+    assert context.effects == {"j": 1}
+    (letter,) = bus.streams["DLQ"]
+    assert "unknown event type 'ai.leptonic.job.cancelled.v2'" in letter.headers["Leptonic-Reason"]
 
 
 def test_backoff_grows_and_is_bounded() -> None:

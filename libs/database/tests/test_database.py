@@ -12,7 +12,7 @@ from libs.bus import EVENTS, PublishFailed
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.memory import MemoryBus, Misbehaviour
 from libs.contracts.events import JobCancelled, decode
-from libs.database import TRANSIENT, Database, Transaction, connect
+from libs.database import TRANSIENT, Database, SchemaTooNew, Transaction, connect
 from stack.testing import eventually
 
 TABLE = "create table note (text text primary key)"
@@ -74,6 +74,35 @@ async def test_a_later_start_runs_only_what_is_new(postgres_dsn: str) -> None:
     second = "insert into note (text) values ('second')"
     async with connect(postgres_dsn, "notes", [TABLE, first, second]) as db:
         assert await notes(db) == ["first", "second"]
+
+
+async def test_the_release_before_runs_on_the_next_schema_and_no_older_one(
+    postgres_dsn: str,
+) -> None:
+    added = "alter table note add column at timestamptz not null default now()"
+    async with connect(postgres_dsn, "notes", [TABLE, added, "create table other (id int)"]):
+        pass
+    async with connect(postgres_dsn, "notes", [TABLE, added]) as db:
+        async with db.transaction() as tx:
+            await note(tx, "by the release before")
+        assert await notes(db) == ["by the release before"]
+    with pytest.raises(SchemaTooNew, match="at migration 3, this release knows 1:"):
+        async with connect(postgres_dsn, "notes", [TABLE]):
+            pass
+
+
+async def test_two_hold_a_name_one_after_the_other(db: Database) -> None:
+    held = asyncio.Event()
+
+    async def hold() -> None:
+        async with db.exclusively("name"):
+            held.set()
+
+    async with db.exclusively("name"), db.exclusively("another name"):
+        waiting = asyncio.create_task(hold())
+        await emit(db, 1)
+        assert not held.is_set()
+    await asyncio.wait_for(waiting, 10)
 
 
 async def test_a_migration_that_fails_leaves_nothing(postgres_dsn: str) -> None:
