@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
+from libs.telemetry.export import QUEUE_MAX, Insistent
 from libs.telemetry.logs import JsonLines, log_everything, log_to_stderr
 from libs.telemetry.process import VERSION, identify, service
 
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 EXPORT_DELAY_MS = 200
+EXPORT_TIMEOUT_S = 5
 LINKS_MAX = 64
 """Links a span carries; a batch of more messages says how many were left out."""
 
@@ -49,13 +51,19 @@ def start(name: str, endpoint: str, log_level: str = "INFO") -> Iterator[None]:
     about = {"service.name": name, "service.version": VERSION}
     provider = TracerProvider(resource=Resource.create(about))
     if endpoint:
-        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=5)
-        processor = BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_DELAY_MS)
+        exporter = Insistent(
+            OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=EXPORT_TIMEOUT_S)
+        )
+        processor = BatchSpanProcessor(
+            exporter, max_queue_size=QUEUE_MAX, schedule_delay_millis=EXPORT_DELAY_MS
+        )
         provider.add_span_processor(processor)
     trace.set_tracer_provider(provider)
     try:
         yield
     finally:
+        if endpoint:
+            exporter.close()
         provider.shutdown()
 
 

@@ -17,8 +17,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import Link, SpanKind, format_trace_id
 
-from stack import collector
+from libs.telemetry.export import Insistent
+from stack import collector, ports
 from stack.ports import LOOPBACK
+from stack.testing import eventually
 
 
 async def get(port: int, path: str) -> Any:
@@ -78,6 +80,26 @@ async def test_stored_spans_are_there_after_a_restart(tmp_path: Path) -> None:
         first, _ = await asyncio.to_thread(send_two_linked_traces, otlp)
     async with collector.serving(tmp_path / "traces.db", LOOPBACK, 0, 0) as (_, http):
         assert len((await get(http, f"/v1/traces/{first}"))["spans"]) == 2
+
+
+async def test_spans_wait_for_a_collector_that_is_away(tmp_path: Path) -> None:
+    (port,) = ports.free(1)
+    exporter = Insistent(OTLPSpanExporter(endpoint=f"127.0.0.1:{port}", insecure=True, timeout=1))
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    def send() -> None:
+        provider.get_tracer("test").start_span("early").end()
+
+    sending = asyncio.create_task(asyncio.to_thread(send))
+    await eventually(lambda: exporter.away)
+    async with collector.serving(tmp_path / "traces.db", LOOPBACK, port, 0) as (_, http):
+        await sending
+        assert len((await get(http, "/v1/traces"))["traces"]) == 1
+    exporter.close()
+    await asyncio.to_thread(send)
+    assert exporter.away, "and ends without one"
+    provider.shutdown()
 
 
 async def test_a_span_with_a_short_id_is_refused_and_the_rest_kept(tmp_path: Path) -> None:
