@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from time import monotonic
 
 import msgspec
 
@@ -31,6 +32,9 @@ BEAT_S = 1.0
 OBSERVE_S = 1.0
 RETRY_S = 2.0
 REFRESH_S = 1.0
+LINGER_S = 10.0
+"""A node that was silent for a moment loses its work and is given it again; between the two its
+callers are served as before."""
 """Replicas of one node share what it was told: of that one of them, the others read."""
 FORGET_EVERY = 3600
 """Observations between two sweeps of the request log."""
@@ -65,6 +69,8 @@ class Agent:
         self.desired: dict[Key, tuple[DeploymentUpdated, str]] = {}
         self.owed: set[Key] | None = None
         """Models this node served before it was started; unknown until Postgres said it."""
+        self.unwanted: dict[Key, float] = {}
+        """Served, but placed here no more; since when, on the monotonic clock."""
         self.changed = asyncio.Event()
         self.lacking = asyncio.Event()
         self.lacking.set()
@@ -144,10 +150,17 @@ class Agent:
     async def reconcile(self) -> bool:
         """True when every desired generation is the one that is routed."""
         await self.refresh()
-        for key in set(self.endpoints.by_key) - self.wanted:
-            await self.endpoints.remove(key)
+        await self.remove_unwanted(monotonic())
         complete = [await self.converge(key) for key in sorted(self.wanted)]
         return all(complete)
+
+    async def remove_unwanted(self, now_s: float) -> None:
+        """What is placed here no more, `LINGER_S` after that was first seen."""
+        unwanted = set(self.endpoints.by_key) - self.wanted
+        self.unwanted = {key: self.unwanted.get(key, now_s) for key in unwanted}
+        for key, since_s in self.unwanted.items():
+            if now_s - since_s >= LINGER_S:
+                await self.endpoints.remove(key)
 
     async def converge(self, key: Key) -> bool:
         endpoint = self.endpoints.at(key)

@@ -19,6 +19,7 @@ from libs.contracts.events import (
 from libs.contracts.protos import registry_pb2, registry_pb2_grpc
 from libs.doors.serve import grpc_door
 from libs.objectstore import ObjectStore, key_of
+from services.inference import agent
 from services.inference.app import Settings
 from services.inference.tests import stage
 from services.inference.tests.conftest import ROW, Replica, labels, request, started
@@ -148,9 +149,27 @@ async def test_a_restart_serves_again_without_scheduler_and_registry(
         await eventually(counted)
 
 
-async def test_a_stopped_attempt_is_unloaded_and_an_older_placement_starts_nothing(
+async def test_a_replica_that_is_stopped_and_placed_again_goes_on_answering(
     replica: Replica, platform: Platform, objects: ObjectStore
 ) -> None:
+    await deployed(replica, platform, objects)
+    served = dict(replica.agent.endpoints.by_key)
+    await platform.stop(token=2)
+    await eventually(lambda: replica.agent.unwanted)
+    await replica.infer(ROW)
+    await platform.place(token=3)
+    await eventually(lambda: replica.agent.assignments and not replica.agent.unwanted)
+    await replica.infer(ROW)
+    assert replica.agent.endpoints.by_key == served
+
+
+async def test_a_stopped_attempt_is_unloaded_and_an_older_placement_starts_nothing(
+    replica: Replica,
+    platform: Platform,
+    objects: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agent, "LINGER_S", 0.1)
     await deployed(replica, platform, objects)
     await platform.stop(token=2)
     await eventually(lambda: not replica.agent.endpoints.by_key)
