@@ -166,3 +166,14 @@ def test_spans_reach_jaeger_and_our_own_receiver() -> None:
     sent = {one["endpoint"] for one in config["exporters"].values()}
     assert sent == {"jaeger:4317", "collector:4317"}
     assert set(config["service"]["pipelines"]) == {"traces"}
+
+
+def test_the_containers_of_the_profile_read_what_is_here_and_stay_on_loopback() -> None:
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    ours = {n: one for n, one in compose.items() if one.get("profiles") == ["observability"]}
+    assert set(ours) == {"otel-collector", "jaeger", "prometheus", "grafana"}
+    for name, one in ours.items():
+        mounted = [volume.split(":")[0] for volume in one.get("volumes", ())]
+        assert all((ROOT / path).exists() for path in mounted if path.startswith("./")), name
+        assert all(port.startswith("127.0.0.1:") for port in one.get("ports", ())), name
+        assert "memory" in one["deploy"]["resources"]["limits"], name
