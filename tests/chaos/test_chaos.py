@@ -10,7 +10,7 @@ from time import monotonic
 
 import pytest
 
-from tests.chaos import process_controls, report, schedule
+from tests.chaos import container_controls, process_controls, report, schedule
 from tests.chaos.campaign import VERSION_EVERY, Campaign, begun
 from tests.chaos.load import BATCH
 from tests.chaos.report import Row
@@ -20,7 +20,7 @@ RECORDS = 20_000
 KIND = os.environ.get("KIND") or "embedded"
 SEED = int(os.environ.get("SEED") or 1)
 ONLY = os.environ.get("ONLY") or ""
-GROUNDS = {"embedded": process_controls.running}
+GROUNDS = {"embedded": process_controls.running, "compose": container_controls.running}
 
 
 @pytest.mark.chaos
