@@ -50,9 +50,13 @@ def show(scheduler: Scheduler, now: float) -> None:
     jobs = [job for job in scheduler.jobs.values() if job.state in (WAITING, PLACED, RUNNING)]
     for (queue, state), count in Tally((job.request.queue, job.state) for job in jobs).items():
         JOBS.labels(queue, state).set(count)
-    for job in sorted(jobs, key=lambda one: one.waiting_since, reverse=True):
-        waited = now - job.waiting_since if job.state == WAITING else 0
-        OLDEST.labels(job.request.queue).set(max(0, waited))
+    waits = {job.request.queue: 0.0 for job in jobs}
+    for job in jobs:
+        if job.state == WAITING:
+            queue = job.request.queue
+            waits[queue] = max(waits[queue], now - job.waiting_since)
+    for queue, waited in waits.items():
+        OLDEST.labels(queue).set(waited)
 
 
 def show_nodes(scheduler: Scheduler) -> None:
