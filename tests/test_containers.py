@@ -48,6 +48,10 @@ def inspected() -> dict[str, Any]:
     return {one["Config"]["Labels"]["com.docker.compose.service"]: one for one in found}
 
 
+def secret_mounts(container: dict[str, Any]) -> list[dict[str, Any]]:
+    return [m for m in container["Mounts"] if "secrets" in m.get("Name", "")]
+
+
 def held_bytes(container: str) -> int:
     used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", container)
     found = HELD.match(used)
@@ -59,7 +63,7 @@ async def trainer_is_warm() -> bool:
     """Its workers have imported torch: that is what it holds while nothing happens."""
     async with httpx.AsyncClient() as http:
         answer = await http.get(compose.locate().endpoint("scheduler") + "/v1/nodes")
-    nodes = {one["name"]: one for one in answer.json()["nodes"]}
+    nodes = {one["node"]: one for one in answer.json()["nodes"]}
     return "trainer" in nodes and nodes["trainer"]["health"] == "Healthy"
 
 
@@ -83,7 +87,7 @@ def test_no_secret_is_readable_by_others_or_in_the_open(project: str) -> None:
     assert modes
     assert {line.split()[0] for line in modes.splitlines()} == {"600"}
     for service in ("nats", "postgres", "s3"):
-        (mount,) = (m for m in running[service]["Mounts"] if "secrets" in m["Name"])
+        (mount,) = secret_mounts(running[service])
         there = compose.docker("exec", "-T", service, "ls", "-ln", mount["Destination"])
         assert {line[:10] for line in there.splitlines()[1:]} == {"-rw-------"}
     token = compose.docker("exec", "-T", "ingest", "cat", compose.TOKEN)
@@ -94,9 +98,7 @@ def test_no_secret_is_readable_by_others_or_in_the_open(project: str) -> None:
 
 def test_each_server_sees_only_its_own_secrets(project: str) -> None:
     mounted = {
-        service: {
-            m["Name"].removeprefix(f"{project}_") for m in one["Mounts"] if "secrets" in m["Name"]
-        }
+        service: {m["Name"].removeprefix(f"{project}_") for m in secret_mounts(one)}
         for service, one in inspected().items()
     }
     services = {service: {"secrets"} for service in SERVICES}
