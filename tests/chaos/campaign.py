@@ -13,7 +13,7 @@ from libs.bus.jetstream import JetStreamBus, connect
 from stack.testing import eventually
 from tests.chaos import load, schedule
 from tests.chaos.controls import Controls, Ground
-from tests.chaos.invariants import Audit, Found, Kill
+from tests.chaos.invariants import Audit, Found, Kill, parent_of
 from tests.chaos.load import Predictor, Publisher, predicting
 from tests.chaos.report import Row
 from tests.chaos.schedule import Fault
@@ -155,7 +155,7 @@ class Campaign:
         try:
             await eventually(none, ORPHANS_S)
         except AssertionError:
-            self.audit.orphans |= {one["span_id"] for one in left}
+            self.audit.gone |= {parent_of(one) for one in left}
             found.orphans = len(left)
             names = sorted({f"{one['service']} {one['name']}" for one in left})
             found.problems.append(f"without their parents: {', '.join(names)}")

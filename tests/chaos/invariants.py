@@ -67,7 +67,8 @@ class Audit:
         self.expected: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
         """Model version -> (label, probabilities) of every digit."""
         self.judged = 0
-        self.orphans: set[str] = set()
+        self.gone: set[tuple[str, str]] = set()
+        """Parents (trace, span) that will not come any more, explained or told."""
 
     async def rows(self) -> int:
         """Landed so far; 0 while ingest does not say."""
@@ -171,13 +172,18 @@ class Audit:
         return bool(close and labels[one.row] == one.label)
 
     async def spans(self, since_s: float, kills: Sequence[Kill]) -> list[dict[str, Any]]:
-        """Orphans that no kill explains, and that were not told before."""
-        page = await self.stack.get("traces", f"/v1/orphans?since_ns={int(since_s * 1e9)}")
-        return [
-            one
-            for one in page["spans"]
-            if one["span_id"] not in self.orphans and not is_explained(one, kills)
-        ]
+        """Orphans that no kill explains, and that were not told before.
+
+        A parent that is lost stays lost: what is delivered again much later has none either.
+        """
+        query = f"since_ns={int(since_s * 1e9)}&limit={PAGE}"
+        orphans = (await self.stack.get("traces", f"/v1/orphans?{query}"))["spans"]
+        self.gone |= {parent_of(one) for one in orphans if is_explained(one, kills)}
+        return [one for one in orphans if parent_of(one) not in self.gone]
+
+
+def parent_of(span: dict[str, Any]) -> tuple[str, str]:
+    return span["trace_id"], span["parent_id"]
 
 
 def is_explained(orphan: dict[str, Any], kills: Iterable[Kill]) -> bool:
