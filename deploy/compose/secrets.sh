@@ -11,6 +11,7 @@ services=/secrets/services
 keep $services/LEPTONIC_NATS_TOKEN "$(random)"
 keep $services/LEPTONIC_S3_ACCESS_KEY "$(random)"
 keep $services/LEPTONIC_S3_SECRET_KEY "$(random)"
+keep $services/LEPTONIC_TRAINER_RAY_TOKEN "$(random)"
 keep /secrets/postgres/password "$(random)"
 keep $services/LEPTONIC_POSTGRES_DSN \
   "host=postgres user=leptonic dbname=leptonic password=$(cat /secrets/postgres/password)"
