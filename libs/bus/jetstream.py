@@ -5,6 +5,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping
+from typing import Any
 
 import nats
 import nats.errors
@@ -209,10 +210,16 @@ async def connect(
     Creates `streams` where they are missing.
     """
 
+    client: Any = Client()  # typed tighter than it is
+
     async def on_error(error: Exception) -> None:
         log.warning("nats: %s", error or type(error).__name__)
+        # A server that hangs up before it greets, as a proxy does whose server is away, costs a
+        # socket a try: the client opens the next without closing this (nats-py 2.16).
+        if client._transport is not None and not client.is_connected:
+            client._transport.close()
 
-    client = await nats.connect(
+    await client.connect(
         url,
         name=name or None,
         token=token or None,

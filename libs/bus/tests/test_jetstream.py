@@ -1,7 +1,16 @@
 """What only the real broker's client does."""
 
+import asyncio
+import contextlib
+import gc
+
+import psutil
+
 from libs.bus import RECORDS
-from libs.bus.jetstream import JetStreamBus
+from libs.bus.jetstream import JetStreamBus, connect
+from stack.testing import eventually
+
+TRIES = 15
 
 
 async def test_a_fetch_that_runs_out_of_time_is_empty(bus: JetStreamBus) -> None:
@@ -9,3 +18,30 @@ async def test_a_fetch_that_runs_out_of_time_is_empty(bus: JetStreamBus) -> None
     subscription = await bus.subscribe(RECORDS, "reader", ["records.>"])
     for n in range(150):
         assert await subscription.fetch(10, 0.002 + 0.0001 * (n % 100)) == []
+
+
+async def test_a_server_that_hangs_up_costs_no_socket_a_try() -> None:
+    tries = 0
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries
+        tries += 1
+        writer.close()
+
+    async def connected(port: int) -> None:
+        async with connect(f"nats://127.0.0.1:{port}"):
+            raise AssertionError("to nobody")
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with server:
+        gc.disable()  # it would close some of them, some time
+        connecting = asyncio.create_task(connected(server.sockets[0].getsockname()[1]))
+        try:
+            before = psutil.Process().num_fds()
+            await eventually(lambda: tries > TRIES)
+            assert psutil.Process().num_fds() < before + TRIES / 2
+        finally:
+            gc.enable()
+            connecting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await connecting
