@@ -23,7 +23,7 @@ from libs import telemetry
 from libs.doors import Refused
 from libs.doors.drain import GRPC_LEAVES_S, HTTP_LEAVES_S, Drain, Ready, stopped
 from libs.doors.gateway import on_refused, openapi, routes
-from libs.doors.metrics import CountedCalls, CountedRequests
+from libs.doors.metrics import CountedCall, CountedRequests, count_unmatched
 
 MESSAGE_BYTES_MAX = 64 << 20
 DRAIN_S = 4.0
@@ -39,7 +39,7 @@ meet our close."""
 
 
 class Refusals(grpc.aio.ServerInterceptor):
-    """Continues the caller's trace, and turns `Refused` into its status.
+    """Continues the caller's trace, turns `Refused` into its status, and counts.
 
     A method in `own_span` (`/package.Service/Method`) opens its span itself.
     """
@@ -49,24 +49,26 @@ class Refusals(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
+        if handler is None:
+            count_unmatched()
         if handler is None or handler.unary_unary is None or details.method.startswith("/grpc."):
             return handler
         parent = dict(details.invocation_metadata or ()).get("traceparent", "")
-        method = handler.unary_unary
+        method, name = handler.unary_unary, details.method.lstrip("/")
 
         async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            with telemetry.span(
-                details.method.lstrip("/"), kind=telemetry.SpanKind.SERVER, parent=parent
-            ) as span:
+            with telemetry.span(name, kind=telemetry.SpanKind.SERVER, parent=parent) as span:
                 try:
-                    return await method(request, context)
+                    with CountedCall(name):
+                        return await method(request, context)
                 except Refused as error:
                     telemetry.mark_failed(span, str(error))
                     await context.abort(error.code, str(error))
 
         async def answer_untraced(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                return await method(request, context)
+                with CountedCall(name):
+                    return await method(request, context)
             except Refused as error:
                 await context.abort(error.code, str(error))
 
@@ -102,7 +104,7 @@ async def grpc_door(
         ("grpc.max_connection_age_ms", AGE_MS),
         *reuse(shared=await joined(drain, port, GRPC_LEAVES_S)),
     ]
-    server = grpc.aio.server(interceptors=[CountedCalls(), Refusals(own_span)], options=options)
+    server = grpc.aio.server(interceptors=[Refusals(own_span)], options=options)
     add(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
