@@ -16,6 +16,9 @@ import psutil
 
 READY_POLL_S = 0.03
 READY_S = 60.0
+TAKE_OVER_S = 180.0
+"""For a successor, which nobody waits for: Ray and its workers are warm in 10 s, in 60 where six
+services start on two cores at once."""
 LOG_BYTES_MAX = 16 << 20
 TETHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("tether.py")))
 
@@ -81,15 +84,13 @@ async def until_ready(
         await asyncio.sleep(READY_POLL_S)
 
 
-async def until_listening(
-    program: Program, process: subprocess.Popen[bytes], log: Path, timeout_s: float = READY_S
-) -> None:
+async def until_listening(program: Program, process: subprocess.Popen[bytes], log: Path) -> None:
     """Until it has opened all its doors, which it does when it can answer. Raises `NotReady`."""
 
     async def ready() -> bool:
         return listens(process.pid, program.doors) and await program.ready()
 
-    await until_ready(dataclasses.replace(program, ready=ready), process, log, timeout_s)
+    await until_ready(dataclasses.replace(program, ready=ready), process, log, TAKE_OVER_S)
 
 
 def listens(pid: int, ports: Collection[int]) -> bool:

@@ -34,6 +34,8 @@ TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
 class Socket(NamedTuple):
     state: str
     port: int
+    queued: int
+    """Of a listening one: connections that wait to be accepted."""
     descriptor: int | None
     """None for another process's."""
 
@@ -64,8 +66,12 @@ class Drain:
 
     async def until_answerable(self, port: int) -> None:
         """Before a door opens. Where another process answers, it goes on until this one can."""
-        while self.share_ports and is_taken(port) and not await self.can_succeed():  # noqa: ASYNC110 - a port tells no event
+        while self.follows(port) and not await self.can_succeed():  # noqa: ASYNC110 - a port tells no event
             await asyncio.sleep(POLL_S)
+
+    def follows(self, port: int) -> bool:
+        """Behind a balancer, another may answer on any port."""
+        return self.drain_s > 0 or (self.share_ports and is_taken(port))
 
     async def until_over(self) -> None:
         """Returns once SIGTERM or SIGINT came and whoever was connected has gone."""
@@ -86,10 +92,8 @@ class Drain:
     def awaited(self, passed_s: float) -> bool:
         """Whether somebody is connected who may still leave by himself."""
         patient = {port for port, patience_s in self.ports.items() if passed_s < patience_s}
-        return any(
-            one.port in patient and one.state == CONNECTED and one.descriptor is not None
-            for one in sockets()
-        )
+        own = [one for one in sockets() if one.port in patient and one.descriptor is not None]
+        return any(one.state == CONNECTED or one.queued for one in own)
 
 
 def stopped() -> asyncio.Event:
@@ -102,12 +106,18 @@ def stopped() -> asyncio.Event:
 
 def sockets() -> Iterator[Socket]:
     """Every TCP socket of this network namespace."""
-    own = own_descriptors()
-    for table in TABLES:
-        with contextlib.suppress(FileNotFoundError):  # without IPv6
-            for line in Path(table).read_text().splitlines()[1:]:
-                _, local, _, state, *_, inode = line.split()[:10]
-                yield Socket(state, int(local.rpartition(":")[2], 16), own.get(inode))
+    lines = [line.split() for table in TABLES for line in lines_of(table)]
+    own = own_descriptors()  # after the tables: what was queued in one may be accepted by now
+    for _, local, _, state, queues, *_, inode in (line[:10] for line in lines):
+        port, received = (int(one.rpartition(":")[2], 16) for one in (local, queues))
+        yield Socket(state, port, received if state == LISTENING else 0, own.get(inode))
+
+
+def lines_of(table: str) -> list[str]:
+    try:
+        return Path(table).read_text().splitlines()[1:]
+    except FileNotFoundError:  # without IPv6
+        return []
 
 
 def own_descriptors() -> dict[str, int]:

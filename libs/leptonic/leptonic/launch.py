@@ -20,7 +20,7 @@ READY_S = 60.0
 STOP_S = 30.0
 POLL_S = 0.05
 SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler")
-ROLL_S = 120.0
+ROLL_S = 300.0
 """For one service: until its new process can answer, and its old one has."""
 LOG_TAIL_LINES = 15
 
