@@ -3,17 +3,21 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 
 import psycopg
 import pytest
 import pytest_asyncio
+from psycopg_pool.base import AttemptWithBackoff
 
+from libs import database
 from libs.bus import EVENTS, PublishFailed
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.memory import MemoryBus, Misbehaviour
 from libs.contracts.events import JobCancelled, decode
 from libs.database import TRANSIENT, Database, SchemaTooNew, Transaction, connect
-from stack.testing import eventually
+from stack import ports, servers
+from stack.testing import Server, eventually
 
 TABLE = "create table note (text text primary key)"
 
@@ -270,3 +274,22 @@ async def test_a_server_that_is_not_there_is_transient() -> None:
     with pytest.raises(TRANSIENT):
         async with connect("host=127.0.0.1 port=1 user=x dbname=x", "notes", []):
             pass
+
+
+async def test_however_long_the_server_was_away_the_next_caller_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool's own next try would be a minute away."""
+    monkeypatch.setattr(AttemptWithBackoff, "INITIAL_DELAY", 60.0)
+    monkeypatch.setattr(database, "WAIT_S", 0.5)
+    (port,) = ports.free(1)
+    server = Server(servers.postgres(tmp_path / "data", port, "secret"), tmp_path / "log")
+    await server.start()
+    try:
+        async with connect(servers.postgres_dsn(port, "secret"), "notes", [TABLE]) as db:
+            await server.kill()
+            assert not await db.ready()
+            await server.start()
+            await eventually(db.ready)
+    finally:
+        await server.stop()
