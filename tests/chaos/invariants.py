@@ -5,7 +5,7 @@ Every look is at what is new since the last one; what was found whole before is 
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -36,6 +36,13 @@ CALLERS = {
 """Service -> whose spans can be parents of its own: the edges of ARCHITECTURE.md's table."""
 
 
+Place = tuple[int, int, int]
+"""Of a record: its message's sequence, its index there, its key."""
+
+Said = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+"""(label, probabilities) of every digit."""
+
+
 class Kill(NamedTuple):
     victim: str
     at_s: float
@@ -59,13 +66,13 @@ class Audit:
         self.objects = objects
         self.dataset = f"/v1/projects/default/datasets/{dataset}"
         self.model = f"/v1/projects/default/models/{model}/versions"
-        self.parts: dict[str, Counter[tuple[int, int, int]]] = {}
-        """Digest -> its records as (sequence, index, key)."""
+        self.parts: dict[str, Counter[Place]] = {}
+        """Digest -> its records."""
         self.numbers: list[int] = []
         self.whole: set[str] = set()
         """Digests that verified."""
-        self.expected: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
-        """Model version -> (label, probabilities) of every digit."""
+        self.expected: dict[str, Said] = {}
+        """Model version -> what it says."""
         self.judged = 0
         self.gone: set[tuple[str, str]] = set()
         """Parents (trace, span) that will not come any more, explained or told."""
@@ -77,13 +84,7 @@ class Audit:
     async def records(self, books: Sequence[Acked], found: Found) -> None:
         """Every acked record in one part, once, where its ack said; and nothing else."""
         await self.read_parts()
-        landed: Counter[tuple[int, int, int]] = Counter()
-        for rows in self.parts.values():
-            landed.update(rows)
-        acked = {(b.sequence, i, key) for b in books for i, key in enumerate(b.keys)}
-        found.landed = landed.total()
-        found.lost = len(acked - landed.keys())
-        found.doubled = sum(landed.values()) - len(landed) + len(landed.keys() - acked)
+        compare(self.parts.values(), books, found)
         if len(self.numbers) != len(set(self.numbers)) or len(self.parts) != len(self.numbers):
             found.problems.append(f"parts are listed twice: {self.numbers}")
 
@@ -132,12 +133,12 @@ class Audit:
         manifest = msgspec.json.decode(
             await self.objects.get_blob(version["digest"]), type=DatasetManifest
         )
-        held: Counter[tuple[int, int, int]] = Counter()
+        held: Counter[Place] = Counter()
         for blob in manifest.splits.values():
             held.update(records_of(await self.objects.get_blob(blob.digest)))
         await self.objects.get_blob(manifest.transform.digest)
         assert len(manifest.parts) == len(set(manifest.parts)), "a part is in it twice"
-        wanted: Counter[tuple[int, int, int]] = Counter()
+        wanted: Counter[Place] = Counter()
         for digest in manifest.parts:
             wanted.update(self.parts[digest])
         assert held == wanted, f"{held.total()} rows of {wanted.total()} in its parts"
@@ -160,16 +161,9 @@ class Audit:
         """Each is what the version that claims it would say."""
         fresh = answers[self.judged :]
         self.judged = len(answers)
-        wrong = [one for one in fresh if not self.is_right(one)]
+        wrong = [one for one in fresh if not is_right(one, self.expected)]
         found.wrong = len(wrong)
         found.problems += [f"wrong answer: {one}" for one in wrong[:3]]
-
-    def is_right(self, one: Answer) -> bool:
-        if one.version not in self.expected or not one.id_matches:
-            return False
-        labels, probabilities = self.expected[one.version]
-        close = np.allclose(one.probabilities, probabilities[one.row], atol=TOLERANCE)
-        return bool(close and labels[one.row] == one.label)
 
     async def spans(self, since_s: float, kills: Sequence[Kill]) -> list[dict[str, Any]]:
         """Orphans that no kill explains, and that were not told before.
@@ -180,6 +174,26 @@ class Audit:
         orphans = (await self.stack.get("traces", f"/v1/orphans?{query}"))["spans"]
         self.gone |= {parent_of(one) for one in orphans if is_explained(one, kills)}
         return [one for one in orphans if parent_of(one) not in self.gone]
+
+
+def compare(parts: Iterable[Counter[Place]], books: Iterable[Acked], found: Found) -> None:
+    """What is there more than once counts as doubled, and so does what nobody was told of."""
+    landed: Counter[Place] = Counter()
+    for rows in parts:
+        landed.update(rows)
+    acked = {(b.sequence, i, key) for b in books for i, key in enumerate(b.keys)}
+    found.landed = landed.total()
+    found.lost = len(acked - landed.keys())
+    found.doubled = landed.total() - len(landed) + len(landed.keys() - acked)
+
+
+def is_right(one: Answer, expected: Mapping[str, Said]) -> bool:
+    """An answer of a version that nobody registered is wrong, whatever it says."""
+    if one.version not in expected or not one.id_matches:
+        return False
+    labels, probabilities = expected[one.version]
+    close = np.allclose(one.probabilities, probabilities[one.row], atol=TOLERANCE)
+    return bool(close and labels[one.row] == one.label)
 
 
 def parent_of(span: dict[str, Any]) -> tuple[str, str]:
@@ -196,13 +210,13 @@ def is_explained(orphan: dict[str, Any], kills: Iterable[Kill]) -> bool:
     )
 
 
-def records_of(parquet: bytes) -> Counter[tuple[int, int, int]]:
+def records_of(parquet: bytes) -> Counter[Place]:
     table: pa.Table = pq.read_table(BufferReader(parquet), columns=["_sequence", "_index", "key"])
     columns = (column.to_pylist() for column in table.itercolumns())
     return Counter(zip(*columns, strict=True))
 
 
-def answers_of(graph: bytes) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def answers_of(graph: bytes) -> Said:
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     labels, probabilities = session.run(
         ["label", "probabilities"], {"pixels": PIXELS.astype(np.float32)}

@@ -4,17 +4,20 @@ import asyncio
 import contextlib
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from stack import ports
 from stack.ports import LOOPBACK
 from stack.testing import eventually
 from tests.chaos import proxy, report, schedule
-from tests.chaos.invariants import Kill, is_explained
+from tests.chaos.invariants import Found, Kill, compare, is_explained, is_right
+from tests.chaos.load import Acked, Answer
 from tests.chaos.process_controls import signal_tree
 from tests.chaos.proxy import Link, Plan
 from tests.chaos.report import Row
@@ -110,6 +113,35 @@ async def test_a_tree_of_processes_stands_still_and_goes_on(tmp_path: Path) -> N
 async def everything(stream: asyncio.StreamReader) -> None:
     while await stream.readline():
         continue
+
+
+def test_what_is_lost_or_doubled_is_counted() -> None:
+    books = [Acked("a", 7, range(2), 0.0), Acked("b", 8, range(2, 4), 0.0)]
+    whole = [Counter([(7, 0, 0), (7, 1, 1)]), Counter([(8, 0, 2), (8, 1, 3)])]
+    for parts, lost, doubled in (
+        (whole, 0, 0),
+        (whole[:1], 2, 0),
+        ([*whole, whole[0]], 0, 2),
+        ([*whole, Counter([(9, 0, 0)])], 0, 1),
+    ):
+        found = Found()
+        compare(parts, books, found)
+        assert (found.lost, found.doubled) == (lost, doubled)
+
+
+def test_an_answer_is_right_for_its_row_and_its_version_only() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+    expected = {"1": (np.array([0, 1]), probabilities)}
+    right = Answer("1", 1, 1, [0.2, 0.8], True)
+    assert is_right(right, expected)
+    for wrong in (
+        right._replace(version="2"),
+        right._replace(row=0),
+        right._replace(label=0),
+        right._replace(probabilities=[0.3, 0.7]),
+        right._replace(id_matches=False),
+    ):
+        assert not is_right(wrong, expected)
 
 
 def test_only_a_kill_of_a_caller_explains_an_orphan() -> None:
