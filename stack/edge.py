@@ -42,6 +42,7 @@ class Settings(settings.Common, frozen=True, kw_only=True):
 
 async def main(config: Settings) -> None:
     telemetry.log_to_stderr("edge", config.log_level)
+    telemetry.identify("edge")
     held = Stream("EDGE", RECORDS.subjects, 0, config.held_mib_max << 20, is_queue=True)
     async with (
         connect(config.nats_url, config.nats_token, config.site, (held,)) as site,
@@ -94,4 +95,5 @@ def id_of(delivery: Delivery, site: str) -> str:
 
 
 if __name__ == "__main__":
+    telemetry.log_everything("edge")
     uvloop.run(main(settings.load(Settings, "edge", os.environ)))

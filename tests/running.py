@@ -99,6 +99,10 @@ class Stack:
         found: dict[str, Any] = await until(find, f"no {type_part} event", timeout_s)
         return found
 
+    def log(self, service: str) -> list[str]:
+        """The lines it has written so far."""
+        return (self.data_dir / "logs" / f"{service}.log").read_text().splitlines()
+
     def kill(self, process: str) -> int:
         """SIGKILL; returns the pid that was."""
         pid = self.pid(process)
@@ -125,6 +129,9 @@ class Containers(Stack):
     def endpoint(self, name: str) -> str:
         """Ports and token stay the same as long as the project lives."""
         return self.endpoints[name]
+
+    def log(self, service: str) -> list[str]:
+        return compose.docker("logs", "--no-color", "--no-log-prefix", service).splitlines()
 
     @property
     def state(self) -> dict[str, Any]:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from libs.settings import SERVICES
+from stack.testing import eventually
 from tests.running import (
     ROOT,
     STACKS,
@@ -17,6 +20,7 @@ from tests.running import (
     running_stack,
     until,
 )
+from tests.test_observability import documented
 
 pytestmark = pytest.mark.slow
 
@@ -24,9 +28,27 @@ EDGES = [
     ("publish", "ingest"),
     ("ingest", "preprocess"),
     ("preprocess", "trainer"),
+    ("trainer", "scheduler"),
+    ("scheduler", "trainer"),
+    ("scheduler", "registry"),
     ("trainer", "registry"),
     ("registry", "inference"),
 ]
+ENDINGS = {"counter": "_total"}
+TURNED = {
+    "ingest": ["leptonic_ingest_records_landed_total", "leptonic_ingest_batch_records_count"],
+    "preprocess": ["leptonic_preprocess_version_rows", "leptonic_preprocess_build_seconds_count"],
+    "trainer": [
+        "leptonic_trainer_samples_total",
+        "leptonic_trainer_epoch",
+        "leptonic_trainer_ray_up",
+    ],
+    "scheduler": ["leptonic_scheduler_wait_seconds_count", "leptonic_scheduler_capacity_cores"],
+    "registry": ["leptonic_events_published_total", "leptonic_object_store_seconds_count"],
+    "inference": ["leptonic_inference_requests_total", "leptonic_inference_traffic_percent"],
+}
+"""What one turn of the loop must have counted."""
+SIGNALS = ("spans", "metrics", "logs")
 
 PUBLISH_AND_TRACE = """
 import asyncio, json, sys
@@ -134,12 +156,108 @@ async def one_turn(data_dir: Path, kind: str) -> dict[str, Any]:
         await until(landed, "the stranger's record did not land", 20)
         return {
             "said": said,
+            "feedback": await labelled(stack),
+            "lines": {service: stack.log(service) for service in (*SERVICES, "collector")},
+            "holes": {service: await holes(stack, service) for service in SERVICES},
             "spans": found["spans"],
             "published": published,
             "answer": answer,
             "labels": [row["label"] for row in rows],
             "prediction": prediction,
         }
+
+
+async def labelled(stack: Stack) -> list[dict[str, Any]]:
+    """The spans of a label that a caller with a trace sent for the prediction."""
+    body = {"model": "digits", "request_id": "asked-by-a-test", "label": 3}
+    caller = {"traceparent": "00-" + "9" * 32 + "-" + "8" * 16 + "-01"}
+    url = stack.endpoint("inference_http") + "/v1/feedback"
+    response = await stack.http.post(url, json=body, headers=caller)
+    assert response.status_code == 200, response.text
+
+    async def kept() -> list[dict[str, Any]] | None:
+        spans = (await stack.try_get("traces", f"/v1/traces/{'9' * 32}")).get("spans", [])
+        return spans if "feedback digits" in {span["name"] for span in spans} else None
+
+    found: list[dict[str, Any]] = await until(kept, "the label is not kept", 20)
+    return found
+
+
+async def holes(stack: Stack, service: str) -> dict[str, str]:
+    """Signal -> what of it does not arrive; "" where nothing is missing."""
+    heard = (await stack.get("traces", "/v1/services"))["services"]
+    known = {one["name"] for one in heard if one["spans"]}
+    return {
+        "spans": "" if service in known else f"the collector knows only {sorted(known)}",
+        "metrics": await lacking(stack, service),
+        "logs": await untraced(stack, service),
+    }
+
+
+async def lacking(stack: Stack, service: str) -> str:
+    """Documented metrics that it does not expose, and what it should have counted by now."""
+    door = "inference_metrics" if service == "inference" else service
+    text = (await stack.http.get(stack.endpoint(door) + "/metrics")).text
+    families = list(text_string_to_metric_families(text))
+    exposed = {sample.name for family in families for sample in family.samples}
+    exposed |= {family.name + ENDINGS.get(family.type, "") for family in families}
+    counted = {
+        (sample.name, sample.labels.get("outcome"), sample.labels.get("dependency"))
+        for family in families
+        for sample in family.samples
+        if sample.value > 0
+    }
+    due: set[tuple[str, str | None, str | None]]
+    due = {("leptonic_consumer_messages_total", "handled", None)}
+    due |= {("leptonic_requests_total", None, None)}
+    needs = ("nats", "postgres") if service == "scheduler" else ("nats", "postgres", "s3")
+    due |= {("leptonic_dependency_up", None, one) for one in needs}
+    due |= {(name, None, None) for name in TURNED[service]}
+    missing = sorted(set(documented("Every service") | documented(service)) - exposed)
+    return ", ".join([*missing, *(str(one) for one in sorted(due - counted, key=str))])
+
+
+async def untraced(stack: Stack, service: str) -> str:
+    """Trace ids of its log that the collector does not know."""
+    lines = [json.loads(line) for line in stack.log(service)]
+    ids = {line["trace_id"] for line in lines if "trace_id" in line}
+
+    async def unknown() -> list[str]:
+        return [one for one in ids if not await stack.try_get("traces", f"/v1/traces/{one}")]
+
+    async def all_known() -> bool:
+        return not await unknown()
+
+    try:
+        await eventually(all_known)
+    except AssertionError:
+        return f"unknown traces {await unknown()}"
+    return "" if ids else "no line with a trace id"
+
+
+def test_every_signal_of_every_service_arrives(story: dict[str, Any]) -> None:
+    """Service x signal; what is missing is printed as the matrix with its holes."""
+    found = story["holes"]
+    drawn = "\n".join(
+        f"{service:<11}" + "  ".join(f"{s}: {found[service][s] or 'there'}" for s in SIGNALS)
+        for service in SERVICES
+    )
+    assert not any(found[service][signal] for service in SERVICES for signal in SIGNALS), drawn
+
+
+def test_every_line_of_every_log_is_json(story: dict[str, Any]) -> None:
+    for service, lines in story["lines"].items():
+        assert lines, service
+        for line in lines:
+            record = json.loads(line)
+            assert record["service"] == service
+            assert {"time", "level", "logger", "message"} <= record.keys()
+
+
+def test_a_label_is_kept_in_the_trace_of_whoever_sent_it(story: dict[str, Any]) -> None:
+    spans = {span["span_id"]: span for span in story["feedback"]}
+    (kept,) = [span for span in spans.values() if span["name"] == "feedback digits"]
+    assert spans[kept["parent_id"]]["name"] == "POST /v1/feedback"
 
 
 def test_the_served_model_has_learned_digits(story: dict[str, Any]) -> None:

@@ -140,6 +140,7 @@ async def take(
             await delivery.ack()
             return DEAD_LETTERED
         await delivery.ack()
+        log.info("%s, delivery %d", delivery.subject, delivery.deliveries)
         return HANDLED
 
 

@@ -68,4 +68,5 @@ async def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    telemetry.log_everything("trainer")
     uvloop.run(main(load(Settings, "trainer", os.environ)))
