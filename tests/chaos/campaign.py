@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable
 from time import monotonic, time
 from typing import Any
 
-from libs.bus import EVENTS, ID_HEADER, RECORDS
+from libs.bus import DEAD_LETTERS, EVENTS, ID_HEADER, RECORDS
 from libs.bus.jetstream import JetStreamBus, connect
 from stack.testing import eventually
 from tests.chaos import load, schedule
@@ -49,6 +49,8 @@ class Campaign:
         self.probes = Publisher(bus, PROBE)
         self.kills: list[Kill] = []
         self.began_s = time()
+        self.letters = 0
+        """The last dead letter that was told."""
 
     async def play(self, fault: Fault, records: int) -> Row:
         """The fault, the way back, and what there is then."""
@@ -139,9 +141,16 @@ class Campaign:
         await self.audit.records(self.records.books, found)
         await self.audit.versions(found)
         self.audit.answers(self.predictor.answers, found)
+        await self.dead_letters(found)
         await self.orphans(found)
         for name in ("lost", "doubled", "wrong", "torn", "orphans", "problems"):
             setattr(row, name, getattr(found, name))
+
+    async def dead_letters(self, found: Found) -> None:
+        """Nothing that was sent here is bad: what was given up, was given up for the fault."""
+        for letter in await self.bus.read(DEAD_LETTERS, "dlq.>", self.letters, BATCHES_AGAIN):
+            self.letters = letter.sequence
+            found.problems.append(f"{letter.subject}: {letter.headers['Leptonic-Reason']}")
 
     async def orphans(self, found: Found) -> None:
         """A parent that is still open comes later; one that does not come is lost."""

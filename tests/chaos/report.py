@@ -42,7 +42,8 @@ class Row(msgspec.Struct, kw_only=True):
 
     @property
     def is_sound(self) -> bool:
-        return not (self.lost or self.doubled or self.wrong or self.torn or self.orphans)
+        counts = (self.lost, self.doubled, self.wrong, self.torn, self.orphans)
+        return not any(counts) and not self.problems
 
     def line(self) -> str:
         return (
