@@ -8,7 +8,7 @@ scripts/engine.sh
 work=$PWD/.offline
 slim=python:3.11-slim-bookworm full=python:3.11-bookworm
 there() { docker image inspect "$1" >/dev/null 2>&1; }
-image_of() { docker compose --profile '*' config --format json \
+image_of() { docker compose -f compose.yaml -f compose.replicas.yaml --profile '*' config --format json \
   | python3 -c 'import json, sys; print(json.load(sys.stdin)["services"][sys.argv[1]]["image"])' "$1"; }
 
 if ! there "$slim"; then

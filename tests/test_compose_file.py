@@ -14,6 +14,8 @@ from libs.settings import SERVICES, variables
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "compose.yaml").read_text()
+REPLICAS = (ROOT / "compose.replicas.yaml").read_text()
+BALANCER = (ROOT / "deploy" / "compose" / "haproxy.cfg").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 LINE = re.compile(r"^#?((?:STACK|LEPTONIC)_\w+)=(.*)$", re.MULTILINE)
@@ -45,7 +47,7 @@ def core() -> dict[str, Any]:
 
 
 def test_the_example_lists_every_setting_with_its_default_and_nothing_else() -> None:
-    assert listed() == {**settings(), **dict(DEFAULT.findall(TEXT))}
+    assert listed() == {**settings(), **dict(DEFAULT.findall(TEXT + REPLICAS))}
 
 
 def test_the_example_changes_nothing_as_it_is() -> None:
@@ -81,6 +83,19 @@ def test_every_door_is_published_on_loopback_unless_told_otherwise() -> None:
     assert all(port.startswith("${STACK_") for port in published), published
     inside = {int(port.rpartition(":")[2]) for port in published}
     assert inside >= {port for _, port in DOORS.values()}
+
+
+def test_the_balancer_publishes_every_door_of_the_services() -> None:
+    """In place of the services, on the same ports."""
+    published = [port for name in SERVICES for port in COMPOSE["services"][name]["ports"]]
+    assert re.findall(r"- (\$\{STACK_BIND.*)", REPLICAS) == sorted(published, key=REPLICAS.index)
+    inside = {port.rpartition(":")[2] for port in published}
+    assert set(re.findall(r"^  bind :(\d+)$", BALANCER, re.MULTILINE)) == inside | {"8404"}
+    checked = re.findall(r"^  server-template (\w+) 3 \w+:\d+ port (\d+)$", BALANCER, re.MULTILINE)
+    assert set(checked) == {(name, str(READY[name][0])) for name in SERVICES}
+    assert len(checked) == len(inside)
+    for name in SERVICES:
+        assert f"  {name}: {{<<: *behind, ports: !reset []}}" in REPLICAS
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -117,6 +117,35 @@ async def test_nothing_is_left_of_a_killed_supervisor_and_it_starts_again(tmp_pa
             assert state(tmp_path)["ports"] == before["ports"]
 
 
+async def test_a_newer_process_takes_over_and_one_that_fails_does_not(tmp_path: Path) -> None:
+    with up(tmp_path, "tables.replaceable"):
+        first = state(tmp_path)["processes"]["door"]["pid"]
+        assert leptonic_roll(tmp_path, "door") == {"rolled": ["door"]}
+        told = state(tmp_path)
+        second = told["processes"]["door"]
+        assert second["pid"] != first
+        assert (second["restarts"], second["ready"]) == (0, True)
+        assert not psutil.pid_exists(first)
+        assert (tmp_path / "roll.json").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "broken").touch()
+        assert "door was not replaced and goes on as it was" in leptonic_roll(tmp_path, "door")
+        assert state(tmp_path)["processes"]["door"] == second
+        assert "no service is called 'window'" in leptonic_roll(tmp_path, "window")
+
+
+def leptonic_roll(folder: Path, service: str) -> Any:
+    """What `leptonic up --roll` answers; its words where it fails."""
+    leptonic = str(Path(sys.executable).with_name("leptonic"))
+    line = [leptonic, "up", "--roll", "--json", "--data-dir", str(folder), service]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if done.stderr else 0)
+    if done.stderr:
+        return done.stderr
+    answer = json.loads(done.stdout)
+    assert answer.pop("seconds") >= 0
+    return answer
+
+
 @pytest.mark.parametrize("of", ["the supervisor", "its guard"])
 async def test_a_kill_leaves_not_even_a_child_in_a_session_of_its_own(
     tmp_path: Path, of: str

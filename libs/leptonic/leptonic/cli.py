@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from leptonic import compose, fashion, launch, show, stackfile, story
+from leptonic import compose, fashion, launch, replicas, show, stackfile, story
 from leptonic import demo as digits
 from leptonic import doctor as machine
 from leptonic.client import MODEL_SCHEME, Client, model_reference
@@ -118,9 +118,8 @@ def up(session: Session, detach: bool, ports: str, roll: bool, services: tuple[s
     running one once it can answer.
     """
     if roll:
-        rolled = launch.roll(session.folder, services)
-        text = f"rolled {', '.join(rolled['rolled'])} in {rolled['seconds']:.1f} s"
-        return session.answer(rolled, text)
+        told = replicas.roll(services, None if session.is_compose else session.folder)
+        return session.answer(told, f"{', '.join(told['rolled'])}: {told['seconds']:.1f} s")
     if services:
         raise click.UsageError("SERVICES go with --roll")
     if session.is_compose:

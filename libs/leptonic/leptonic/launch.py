@@ -19,7 +19,6 @@ from leptonic.errors import Error
 READY_S = 60.0
 STOP_S = 30.0
 POLL_S = 0.05
-SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler")
 ROLL_S = 300.0
 """For one service: until its new process can answer, and its old one has."""
 LOG_TAIL_LINES = 15
@@ -78,20 +77,19 @@ def in_background(
         )
 
 
-def roll(data_dir: Path, services: tuple[str, ...]) -> dict[str, Any]:
-    """Restarts services, all of them unless named, each start-first. Raises `Error`."""
-    started = time.monotonic()
+def roll(data_dir: Path, services: tuple[str, ...]) -> list[str]:
+    """Has the supervisor replace them one after the other. Raises `Error`."""
     stack = stackfile.locate(data_dir)
     if stack.roll and not has_ended(stack.roll):
         raise Error("a rolling restart is under way: wait for it; logs/stack.log tells how far")
-    wanted = {"id": uuid.uuid4().hex, "services": list(services or SERVICES)}
+    wanted = {"id": uuid.uuid4().hex, "services": list(services)}
     ask(data_dir / "roll.json", wanted)
     os.kill(stack.pid, signal.SIGUSR1)
     told = wait_rolled(data_dir, wanted)
     if told["error"]:
         problem = f"{told['services'][len(told['done'])]} was not replaced and goes on as it was"
         raise Error(f"{problem}: {told['error']}")
-    return {"rolled": told["done"], "seconds": round(time.monotonic() - started, 2)}
+    return list(told["done"])
 
 
 def ask(path: Path, wanted: dict[str, Any]) -> None:
