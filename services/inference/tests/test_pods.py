@@ -1,0 +1,55 @@
+"""Several processes of one name are one node: any of them may be asked anything."""
+
+import msgspec
+
+from libs.bus.jetstream import JetStreamBus
+from libs.contracts.events import DeploymentObserved
+from libs.objectstore import ObjectStore
+from services.inference.app import Settings
+from services.inference.tests import stage
+from services.inference.tests.conftest import ROW, Replica, labels, started
+from services.inference.tests.stage import Platform, register
+from stack import ports
+from stack.testing import eventually
+
+OFFSET = 100
+EACH = 15
+
+
+def beside(settings: Settings) -> Settings:
+    """Another pod: the same node, with an address of its own."""
+    http, grpc, metrics, api = ports.free(4)
+    return msgspec.structs.replace(
+        settings, http_port=http, grpc_port=grpc, metrics_port=metrics, api_port=api
+    )
+
+
+async def test_pods_of_one_node_serve_the_same_and_count_together(
+    replica: Replica,
+    settings: Settings,
+    bus: JetStreamBus,
+    platform: Platform,
+    objects: ObjectStore,
+) -> None:
+    await platform.place()
+    one = await register(objects, 1, 100, stage.digits())
+    await platform.deploy(1, one)
+    async with started(beside(settings), bus) as second:
+        await replica.until_announced(1)
+        await second.until_announced(1)
+        two = await register(objects, 2, 100, stage.digits(OFFSET))
+        await platform.deploy(2, two)
+        async with started(beside(settings), bus) as third:
+            await eventually(third.agent.ready)
+            (label,) = labels(await third.infer(ROW))
+            assert label in (1, 1 + OFFSET), "ready, and serves nothing"
+            for pod in (replica, second, third):
+                await pod.until_announced(2)
+                for _ in range(EACH):
+                    assert labels(await pod.infer(ROW)) == [1 + OFFSET]
+            await eventually(lambda: counted(platform, 3 * EACH + (label > 1)))
+
+
+async def counted(platform: Platform, requests: int) -> bool:
+    told = [one for one in await platform.seen(DeploymentObserved) if one.generation == 2]
+    return bool(told) and max(one.observations[0].requests for one in told) == requests
