@@ -41,6 +41,8 @@ API_TIMEOUT_S = 5.0
 """To create or look up a stream or a consumer: on a busy disk that takes longer than a publish."""
 ACK_PENDING_MAX = 4096
 RECONNECT_WAIT_S = 0.2
+STREAM_DIFFERS = 10058
+"""The server's code: a stream of that name has another configuration."""
 LISTEN_QUEUE_MAX = 4096
 CLOSE_S = 2
 READ_TIMEOUT_S = 5.0
@@ -107,21 +109,31 @@ class JetStreamBus:
         return self.client.is_connected
 
     async def create_streams(self, streams: Collection[Stream] = STREAMS) -> None:
-        """Creates what is missing; what is there is left as it is."""
+        """Creates what is missing; what is there is left as an operator has it."""
         for stream in streams:
             full = DiscardPolicy.NEW if stream.is_queue else DiscardPolicy.OLD
             kept = RetentionPolicy.WORK_QUEUE if stream.is_queue else RetentionPolicy.LIMITS
-            await self.context.add_stream(
-                StreamConfig(
-                    name=stream.name,
-                    subjects=list(stream.subjects),
-                    max_age=stream.age_max_s,
-                    max_bytes=stream.size_max_bytes,
-                    retention=kept,
-                    discard=full,
-                    duplicate_window=DEDUPLICATION_WINDOW_S,
-                )
+            config = StreamConfig(
+                name=stream.name,
+                subjects=list(stream.subjects),
+                max_age=stream.age_max_s,
+                max_bytes=stream.size_max_bytes,
+                retention=kept,
+                discard=full,
+                duplicate_window=DEDUPLICATION_WINDOW_S,
             )
+            try:
+                await self.context.add_stream(config)
+            except nats.js.errors.BadRequestError as error:
+                if error.err_code != STREAM_DIFFERS:
+                    raise
+                await self.enlarge(stream)
+
+    async def enlarge(self, stream: Stream) -> None:
+        """A queue gets the size that is asked for, but never a smaller one: that drops messages."""
+        known = (await self.context.stream_info(stream.name)).config
+        if stream.is_queue and (known.max_bytes or 0) < stream.size_max_bytes:
+            await self.context.update_stream(known, max_bytes=stream.size_max_bytes)
 
     async def publish(
         self, subject: str, payload: bytes, *, id: str, headers: Mapping[str, str] | None = None

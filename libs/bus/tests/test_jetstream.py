@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import gc
 
+import msgspec
 import psutil
 
-from libs.bus import RECORDS
+from libs.bus import RECORDS, Stream
 from libs.bus.jetstream import JetStreamBus, connect
 from stack.testing import eventually
 
@@ -45,3 +46,24 @@ async def test_a_server_that_hangs_up_costs_no_socket_a_try() -> None:
             connecting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await connecting
+
+
+async def size_of(bus: JetStreamBus, stream: Stream) -> int | None:
+    return (await bus.context.stream_info(stream.name)).config.max_bytes
+
+
+async def test_a_stream_stays_as_an_operator_changed_it(bus: JetStreamBus, nats_url: str) -> None:
+    known = (await bus.context.stream_info(RECORDS.name)).config
+    await bus.context.update_stream(known, max_bytes=4096)
+    async with connect(nats_url) as again:
+        assert await size_of(again, RECORDS) == 4096
+
+
+async def test_a_queue_grows_and_never_shrinks(bus: JetStreamBus) -> None:
+    queue = Stream("QUEUE", ("queue.>",), 0, 2000, is_queue=True)
+    try:
+        for asked, has in ((2000, 2000), (3000, 3000), (1000, 3000)):
+            await bus.create_streams([msgspec.structs.replace(queue, size_max_bytes=asked)])
+            assert await size_of(bus, queue) == has
+    finally:
+        await bus.context.delete_stream(queue.name)
