@@ -28,7 +28,9 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 10.0
 FETCH_MAX = 64
 FETCH_TIMEOUT_S = 1.0
-ACK_WAIT_S = 10.0
+ACK_WAIT_S = 4.0
+"""After a kill, what was in work comes back this late; what is in work is kept alive thrice as
+often."""
 
 
 class Meta(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ import msgspec
 
 from libs import telemetry
 from libs.bus import FEEDBACK, REQUESTS, TRACE_HEADER, Bus, Delivery, Stream, metrics
-from libs.bus.loop import backoff_s, dead_letter, kept_alive
+from libs.bus.loop import ACK_WAIT_S, backoff_s, dead_letter, kept_alive
 from libs.database import TRANSIENT, Database
 from services.inference import domain, store
 
@@ -41,7 +41,7 @@ async def consume_feedback(bus: Bus, db: Database) -> None:
 
 async def consume(bus: Bus, db: Database, stream: Stream, durable: str, keep: Keep) -> None:
     """Until cancelled. All replicas share the consumer."""
-    subscription = await bus.subscribe(stream, durable, list(stream.subjects))
+    subscription = await bus.subscribe(stream, durable, list(stream.subjects), ACK_WAIT_S)
     async with metrics.watched(subscription, stream, durable):
         while True:
             deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)

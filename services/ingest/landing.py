@@ -25,7 +25,7 @@ from libs.bus import (
     Subscription,
     metrics,
 )
-from libs.bus.loop import backoff_s, dead_letter, kept_alive
+from libs.bus.loop import ACK_WAIT_S, backoff_s, dead_letter, kept_alive
 from libs.contracts.artifacts import digest_of
 from libs.database import TRANSIENT, Database
 from libs.objectstore import ObjectStore
@@ -42,8 +42,6 @@ LANES = 2
 """Batches in work at once: one computes while another waits for S3 or Postgres."""
 FETCH_TIMEOUT_S = 1.0
 FETCH_TIMEOUT_MIN_S = 0.001
-ACK_WAIT_S = 6.0
-"""After a kill, what was in work comes back this late."""
 LINGER_S = 0.05
 DEAD_LETTERS_AT_ONCE = 64
 DEAD_LETTER_BYTES_MAX = PAYLOAD_BYTES_MAX - (64 << 10)
@@ -90,7 +88,7 @@ class Landing:
         while not self.draining:
             async with self.fetching:
                 deliveries = await self.gather(subscription)
-            async with kept_alive(deliveries, ACK_WAIT_S):
+            async with kept_alive(deliveries):
                 await self.land(deliveries)
 
     async def gather(self, subscription: Subscription) -> list[Delivery]:

@@ -16,7 +16,14 @@ import numpy as np
 
 from libs import telemetry
 from libs.bus import ID_HEADER, REQUESTS, TRACE_HEADER, Bus, Delivery, metrics
-from libs.bus.loop import FETCH_MAX, FETCH_TIMEOUT_S, backoff_s, dead_letter, kept_alive
+from libs.bus.loop import (
+    ACK_WAIT_S,
+    FETCH_MAX,
+    FETCH_TIMEOUT_S,
+    backoff_s,
+    dead_letter,
+    kept_alive,
+)
 from libs.contracts.artifacts import DatasetManifest
 from libs.contracts.pipeline import Field
 from libs.database import TRANSIENT
@@ -38,7 +45,7 @@ class Logged(msgspec.Struct, frozen=True):
 
 async def run(bus: Bus, context: Context) -> None:
     """Until cancelled."""
-    subscription = await bus.subscribe(REQUESTS, DURABLE, ["requests.>"])
+    subscription = await bus.subscribe(REQUESTS, DURABLE, ["requests.>"], ACK_WAIT_S)
     async with metrics.watched(subscription, REQUESTS, DURABLE):
         while True:
             deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)

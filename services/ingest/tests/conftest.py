@@ -5,12 +5,12 @@ import pytest_asyncio
 from libs import database
 from libs.bus import RECORDS, Subscription
 from libs.bus.jetstream import JetStreamBus
-from libs.bus.loop import Meta
+from libs.bus.loop import ACK_WAIT_S, Meta
 from libs.contracts.events import PipelineApplied
 from libs.database import Database
 from libs.objectstore import ObjectStore
 from services.ingest.handlers import Context, on_pipeline_applied
-from services.ingest.landing import ACK_WAIT_S, Landing
+from services.ingest.landing import Landing
 from services.ingest.store import MIGRATIONS
 from services.ingest.tests.pipelines import applied
 
