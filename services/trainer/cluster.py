@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Coroutine
@@ -30,7 +31,10 @@ SERVER_PORTS = (
 )
 """In this order after the head's own port."""
 WORKER_PORTS = 40
+PORTS = 1 + len(SERVER_PORTS) + WORKER_PORTS
+"""In a row; those of workers come last."""
 STARTED = "Ray runtime started"
+ERROR = re.compile(r"[\w.]*Error: ")
 START_S = 60.0
 END_S = 8.0
 """SIGTERM to the parent alone: it ends the others within 3 s."""
@@ -103,15 +107,16 @@ async def running(node: Node, folder: str, joins: str = "") -> AsyncIterator[Pro
 
 
 async def read(process: Process, started: asyncio.Event) -> str:
-    """To the end of what it says; returns the last line."""
-    last = ""
+    """To the end of what it says; returns the last error."""
+    error = "it said nothing of an error"
     assert process.stdout is not None
-    async for line in process.stdout:
-        last = line.decode(errors="replace").strip() or last
-        log.debug("ray start: %s", last)
-        if STARTED in last:
+    async for said in process.stdout:
+        line = said.decode(errors="replace").strip()
+        log.debug("ray start: %s", line)
+        error = line if ERROR.match(line) else error
+        if STARTED in line:
             started.set()
-    return last
+    return error
 
 
 async def until_started(started: asyncio.Event, said: asyncio.Task[str]) -> None:

@@ -1,4 +1,4 @@
-"""Starts Ray, keeps a pool of warm workers, and runs attempts on it.
+"""Starts Ray and runs attempts on its pool of warm workers.
 
 Ray does not count resources here (pool actors take none): the scheduler has placed the gang.
 Import this with a `session` open: Ray reads its environment then, and takes 1 s.
@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from services.trainer.domain import (
     Unusable,
     engine_of,
     is_own_code,
-    spread,
 )
-from services.trainer.ray_job import Conductor, Worker
+from services.trainer.pool import Hired, Pool
+from services.trainer.ray_job import Conductor
 
 log = logging.getLogger(__name__)
 RESTARTS_MAX = 3
@@ -47,73 +47,14 @@ WATCH_S = 2.0
 WATCH_TIMEOUT_S = 15.0
 
 
-class Hired:
-    """A live worker of the pool."""
-
-    def __init__(self, actor: Any, pid: int, node: str) -> None:
-        self.actor = actor
-        self.pid = pid
-        self.node = node
-
-
 class Engine:
     """A Ray, of one node or several, and its pool. Use `started`."""
 
     def __init__(self, setup: Setup, size: int, folder: str) -> None:
         self.setup = setup
-        self.size = size
         self.folder = folder
-        self.nodes: list[Node] = []
-        self.idle: list[Hired] = []
-        self.coming: Counter[str] = Counter()
+        self.pool = Pool(setup, size)
         self.runs: set[Run] = set()
-        self.refills: set[asyncio.Task[None]] = set()
-        self.worker: Any = ray.remote(Worker)
-
-    async def hire(self, node: str) -> Hired:
-        """A new process: about 5 s until torch is imported and warm."""
-        where = NodeAffinitySchedulingStrategy(node, soft=False)
-        options = self.worker.options(num_cpus=0, scheduling_strategy=where)
-        try:
-            actor = options.remote(self.setup)
-            return Hired(actor, await actor.pid.remote(), node)
-        except ray.exceptions.RayError as error:
-            raise Lost(f"a worker did not start: {error}") from error
-
-    async def take(self, count: int) -> list[Hired]:
-        """A gang, spread over the nodes."""
-        busy = Counter(member.node for run in self.runs for member in run.members)
-        taken = [self.pick(node.id) for node in spread(count, self.nodes, busy)]
-        return list(await asyncio.gather(*taken))
-
-    def pick(self, node: str) -> Awaitable[Hired]:
-        """One of the idle there, which no other may have then, or a new one."""
-        for member in reversed(self.idle):
-            if member.node == node:
-                self.idle.remove(member)
-                return present(member)
-        return self.hire(node)
-
-    def give_back(self, members: list[Hired]) -> None:
-        """The first one taken is the next one taken: it has the data loaded."""
-        self.idle.extend(reversed(members))
-        for node in {member.node for member in members}:
-            here = [member for member in self.idle if member.node == node]
-            for member in here[: -self.size]:
-                self.idle.remove(member)
-                ray.kill(member.actor)
-
-    def dismiss(self, members: list[Hired]) -> None:
-        """Kills them; the pool fills up again in the background."""
-        for member in members:
-            ray.kill(member.actor)
-        if members:
-            self.refill_soon()
-
-    def refill_soon(self) -> None:
-        task = asyncio.create_task(self.refill())
-        self.refills.add(task)
-        task.add_done_callback(self.refills.discard)
 
     async def watch(self) -> None:
         """Raises `Lost` once Ray itself is gone: calls would wait for it without end."""
@@ -130,60 +71,43 @@ class Engine:
         nodes = sorted(nodes_of(told), key=lambda node: (not node.is_head, node.id))
         if not nodes or not nodes[0].is_head:
             raise Lost("Ray's node is dead")
-        if nodes != self.nodes:
-            log.info("Ray has %s nodes", len(nodes))
-            self.nodes = nodes
-            self.forget_lost()
-            self.refill_soon()
+        if nodes != self.pool.nodes:
+            log.info("Ray's nodes: %s", len(nodes))
+            self.pool.moved(nodes)
+        self.end_broken({node.id for node in nodes})
 
-    def forget_lost(self) -> None:
+    def end_broken(self, alive: set[str]) -> None:
         """A gang whose member's machine is gone ends now: its others might wait for minutes."""
-        alive = {node.id for node in self.nodes}
-        self.idle = [member for member in self.idle if member.node in alive]
         for run in self.runs:
             if any(member.node not in alive for member in run.members):
                 for member in run.members:
                     ray.kill(member.actor)
 
+    async def take(self, count: int) -> list[Hired]:
+        busy = Counter(member.node for run in self.runs for member in run.members)
+        return await self.pool.take(count, busy)
+
     def joined(self) -> Resources:
-        others = [node.offers for node in self.nodes if not node.is_head]
+        others = [node.offers for node in self.pool.nodes if not node.is_head]
         return Resources(
             sum(one.cpu_milli for one in others), sum(one.memory_mib for one in others)
         )
-
-    async def settled(self) -> None:
-        """No worker is being started any more."""
-        for task in self.refills:
-            task.cancel()
-        await asyncio.gather(*self.refills, return_exceptions=True)
-
-    async def refill(self) -> None:
-        """`size` idle workers on every node."""
-        await asyncio.gather(*(self.refill_node(node.id) for node in self.nodes))
-
-    async def refill_node(self, node: str) -> None:
-        idle = sum(member.node == node for member in self.idle)
-        missing = max(0, self.size - idle - self.coming[node])
-        self.coming[node] += missing
-        try:
-            self.give_back(await asyncio.gather(*(self.hire(node) for _ in range(missing))))
-        except Lost as error:
-            log.warning("pool: %s", error)
-        finally:
-            self.coming[node] -= missing
 
     @contextlib.asynccontextmanager
     async def run(self, assignment: Assignment) -> AsyncIterator["Run"]:
         """The workers of one attempt, for as long as the block lasts."""
         run = Run(self, assignment)
         self.runs.add(run)
-        completed = False
+        whole = False
         try:
             yield run
-            completed = True
+            whole = True
+        except Unusable:
+            whole = assignment.workers == 1  # the others of a gang may still wait for it
+            raise
         finally:
             own_code = is_own_code(assignment.spec.train.recipe)
-            run.release(reusable=completed and not own_code)
+            run.release(reusable=whole and not own_code)
             self.runs.remove(run)
 
 
@@ -199,9 +123,9 @@ class Run:
     def release(self, reusable: bool) -> None:
         members, self.members = self.members, []
         if reusable:
-            self.engine.give_back(members)
+            self.engine.pool.give_back(members)
         else:
-            self.engine.dismiss(members)
+            self.engine.pool.dismiss(members)
         if self.conductor is not None:
             ray.kill(self.conductor)
             self.conductor = None
@@ -251,7 +175,7 @@ class Run:
     async def on_ray_train(self) -> AsyncGenerator[Progress]:
         """Its conductor stays with the head, where Ray Train's folder is."""
         conductor: Any = ray.remote(Conductor)
-        where = NodeAffinitySchedulingStrategy(self.engine.nodes[0].id, soft=False)
+        where = NodeAffinitySchedulingStrategy(self.engine.pool.nodes[0].id, soft=False)
         options = conductor.options(num_cpus=0, max_concurrency=4, scheduling_strategy=where)
         self.conductor = options.remote(self.engine.setup)
         fit = self.conductor.fit.options(num_returns="streaming")
@@ -284,16 +208,18 @@ def translated() -> Iterator[None]:
 
 async def blame(results: list[Any]) -> None:
     """Raises `Unusable` where that is why one of the gang failed; the others only lost a peer."""
-    await asyncio.wait([asyncio.ensure_future(verdict(one)) for one in results], timeout=VERDICT_S)
+    verdicts = [asyncio.create_task(verdict(one)) for one in results]
+    done, late = await asyncio.wait(verdicts, timeout=VERDICT_S)
+    for task in late:
+        task.cancel()
+    for error in [task.exception() for task in done]:
+        if isinstance(error, Unusable):
+            raise error
 
 
 async def verdict(result: Any) -> None:
     with translated():
         await result
-
-
-async def present(member: Hired) -> Hired:
-    return member
 
 
 def nodes_of(told: list[dict[str, Any]]) -> Iterator[Node]:
@@ -323,10 +249,10 @@ async def started(
         engine = Engine(setup, size, folder)
         try:
             await engine.look()
-            await engine.refill()
+            await engine.pool.filled()
             yield engine
         finally:
-            await engine.settled()
+            await engine.pool.settled()
             ray.shutdown()
 
 

@@ -125,6 +125,7 @@ def ray_started(ray_folder: str, s3_server: str, shared: ObjectStore) -> Iterato
 async def pool(ray_started: Any) -> AsyncIterator[Any]:
     """The engine with two warm workers."""
     await ray_started.look()
-    await ray_started.refill()
+    ray_started.pool.fill()
+    await ray_started.pool.filled()
     yield ray_started
-    await asyncio.gather(*ray_started.refills)
+    await ray_started.pool.filled()
