@@ -60,14 +60,13 @@ class Campaign:
         publishing = asyncio.create_task(self.records.run(records, fault.seconds or OVER_S))
         await self.inflict(fault)
         ended_s = monotonic()
-        row.lands_s, row.predicts_s, _ = await asyncio.gather(
+        row.lands_s, row.predicts_s, row.back_s, row.caught_up_s = await asyncio.gather(
             self.until(self.lands(), ended_s),
             self.until(self.predictor.success_after(ended_s), ended_s),
-            self.all_back(fault),
+            self.until(self.all_back(fault), ended_s),
+            self.catch_up(publishing),
         )
-        await publishing
         row.acked = sum(len(one.keys) for one in self.records.books[acked:])
-        row.caught_up_s = await self.until(self.all_landed(), ended_s)
         await self.look(row)
         row.failed = self.predictor.failures.total() - failed
         row.answered = len(self.predictor.answers) - answered
@@ -78,6 +77,11 @@ class Campaign:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(what, RECOVERY_S)
         return monotonic() - since_s
+
+    async def catch_up(self, publishing: asyncio.Task[None]) -> float:
+        """Seconds from the last ack until everything had landed."""
+        await publishing
+        return await self.until(self.all_landed(), monotonic())
 
     async def inflict(self, fault: Fault) -> None:
         """Returns when nothing is broken on purpose any more."""

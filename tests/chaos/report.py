@@ -14,8 +14,8 @@ from tests.running import ROOT
 FILE = ROOT / "docs" / "reliability.md"
 HEAD = (
     "| fault | kind | acked | lost | doubled | wrong | torn | orphans "
-    "| failed predictions | lands s | predicts s | all landed s |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| failed predictions | lands s | predicts s | back s | all landed s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -36,8 +36,10 @@ class Row(msgspec.Struct, kw_only=True):
     lands_s: float = 0.0
     """From the fault's end to the first record that was published and landed after it."""
     predicts_s: float = 0.0
+    back_s: float = 0.0
+    """Until every victim said that it was ready."""
     caught_up_s: float = 0.0
-    """Until everything that was acked meanwhile had landed, too."""
+    """From the last ack until everything that was acked had landed."""
     problems: list[str] = []
 
     @property
@@ -50,7 +52,8 @@ class Row(msgspec.Struct, kw_only=True):
             f"| {self.fault} | {self.kind} | {self.acked} | {self.lost} | {self.doubled} "
             f"| {self.wrong} | {self.torn} | {self.orphans} "
             f"| {self.failed} of {self.failed + self.answered} "
-            f"| {self.lands_s:.1f} | {self.predicts_s:.1f} | {self.caught_up_s:.1f} |"
+            f"| {self.lands_s:.1f} | {self.predicts_s:.1f} | {self.back_s:.1f} "
+            f"| {self.caught_up_s:.1f} |"
         )
 
 
