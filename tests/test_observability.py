@@ -84,6 +84,16 @@ def test_every_metric_of_a_service_is_documented_and_no_other(service: str) -> N
     assert json.loads(done.stdout) == documented("Every service") | documented(service)
 
 
+def test_names_end_in_their_unit() -> None:
+    units = {
+        "counter": "total",
+        "histogram": "seconds|bytes|messages|records|rows",
+    }
+    for title in ("Every service", *SERVICES):
+        for name, (kind, *_) in documented(title).items():
+            assert kind not in units or re.search(rf"_({units[kind]})$", name), name
+
+
 def test_the_configuration_and_the_rules_are_valid(promtool: str) -> None:
     run(promtool, "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
 
