@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import pytest
 import pytest_asyncio
 
 from libs.bus import RECORDS, TRACE_HEADER, Delivery, PublishFailed, ReadFailed, jetstream
@@ -28,12 +28,12 @@ HELD_MIB_MAX = 2
 
 @dataclass
 class Site:
-    hub_url: str
     url: str
     """Where publishers connect."""
-    hub: Server
     leaf: Server
     forwarder: Server
+    hub: Server
+    hub_url: str
 
 
 async def start(*servers: Server) -> None:
@@ -41,37 +41,59 @@ async def start(*servers: Server) -> None:
         await server.start()
 
 
+@pytest.fixture
+def sites(tmp_path: Path) -> list[Site]:
+    """Two, stopped, of one hub."""
+    port, leaf_port = ports.free(2)
+    secrets = {
+        "token.conf": "",
+        "leaf.conf": f"authorization {{ user: edge, password: {PASSWORD} }}",
+    }
+    doors = {4222: port, 7422: leaf_port}
+    hub = server(nats(tmp_path / "hub", CONF / "nats.conf", secrets, doors), tmp_path)
+    made = []
+    for name in ("first", "second"):
+        url, *own = edge(tmp_path / name, leaf_port)
+        leaf, forwarder = (server(one, tmp_path / name) for one in own)
+        made.append(Site(url, leaf, forwarder, hub, servers.nats_url(port)))
+    return made
+
+
 @pytest_asyncio.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    """All three stopped, until the test starts them."""
-    hub, hub_leaf, leaf, health = ports.free(4)
-    url = f"nats://site:{PASSWORD}@{ports.LOOPBACK}:{leaf}"
-    leaf_auth = f"authorization {{ user: edge, password: {PASSWORD} }}"
+async def site(sites: list[Site]) -> AsyncIterator[Site]:
+    one, other = sites
+    try:
+        yield one
+    finally:
+        for each in (one.forwarder, one.leaf, other.forwarder, other.leaf, one.hub):
+            await each.stop()
+
+
+def server(program: Program, folder: Path) -> Server:
+    return Server(program, folder / f"{program.name}.log")
+
+
+def edge(folder: Path, hub_port: int) -> tuple[str, Program, Program]:
+    """Where its publishers connect, its NATS and its forwarder."""
+    port, health = ports.free(2)
+    url = f"nats://site:{PASSWORD}@{ports.LOOPBACK}:{port}"
     secret = f"SITE_PASSWORD: {PASSWORD}\nUPLINK_PASSWORD: {PASSWORD}\n"
-    secret += f'HUB: "nats-leaf://edge:{PASSWORD}@{ports.LOOPBACK}:{hub_leaf}"\n'
+    secret += f'HUB: "nats-leaf://edge:{PASSWORD}@{ports.LOOPBACK}:{hub_port}"\n'
     options = {
         "LEPTONIC_NATS_URL": url,
         "LEPTONIC_EDGE_HUB_URL": url.replace("site:", "uplink:"),
+        "LEPTONIC_EDGE_SITE": folder.name,
         "LEPTONIC_EDGE_HTTP_PORT": str(health),
         "LEPTONIC_EDGE_HELD_MIB_MAX": str(HELD_MIB_MAX),
     }
-    hub_conf, site_conf = (CONF / name for name in ("nats.conf", "nats-edge.conf"))
-    hub_secrets = {"token.conf": "", "leaf.conf": leaf_auth}
-    three = [
-        nats(tmp_path / "hub", hub_conf, hub_secrets, {4222: hub, 7422: hub_leaf}),
-        nats(tmp_path / "site", site_conf, {"site.conf": secret}, {4222: leaf}),
-        Program(
-            name="forwarder",
-            command=(sys.executable, "-m", "stack.edge"),
-            environment=options,
-            ready=lambda: servers.answers(health, "/health/ready"),
-        ),
-    ]
-    async with AsyncExitStack() as stack:
-        made = [Server(program, tmp_path / f"{program.name}.log") for program in three]
-        for server in made:
-            stack.push_async_callback(server.stop)
-        yield Site(servers.nats_url(hub), url, *made)
+    forwarder = Program(
+        name="forwarder",
+        command=(sys.executable, "-m", "stack.edge"),
+        environment=options,
+        ready=lambda: servers.answers(health, "/health/ready"),
+    )
+    conf = CONF / "nats-edge.conf"
+    return url, nats(folder / "nats", conf, {"site.conf": secret}, {4222: port}), forwarder
 
 
 def nats(folder: Path, conf: Path, secrets: Mapping[str, str], port: Mapping[int, int]) -> Program:
@@ -168,6 +190,22 @@ async def test_whatever_is_killed_while_records_flow_each_arrives_once(site: Sit
             await publishing
         await eventually(lambda: nothing_held(local), RECOVERY_S)
         assert numbers_in(await arrived(hub)) == list(range(RECORDS_MAX))
+
+
+async def test_two_sites_deliver_side_by_side(site: Site, sites: list[Site]) -> None:
+    """What one did not name, nobody mistakes for another's."""
+    await start(site.hub)
+    async with jetstream.connect(site.hub_url) as hub:
+        for one in sites:
+            await start(one.leaf, one.forwarder)
+        for one in sites:
+            async with jetstream.connect(one.url, streams=()) as local:
+                await publish_batches(local, range(RECORDS_MAX))
+                await eventually(lambda local=local: nothing_held(local), RECOVERY_S)  # type: ignore[misc]
+        came = numbers_in(await arrived(hub))
+        assert came == sorted([*range(RECORDS_MAX), *range(RECORDS_MAX)])
+    # Two servers of one name would take turns.
+    assert "Leafnode connection closed" not in site.hub.log.read_text()
 
 
 async def test_a_full_site_refuses_and_loses_nothing(site: Site) -> None:
