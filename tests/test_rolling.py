@@ -1,0 +1,71 @@
+"""Promise: whatever is replaced for an upgrade, nobody who asks meanwhile is refused."""
+
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from libs.settings import SERVICES
+from tests.rolling import DATASET, MODEL, ROWS, Load, landed, pipeline, roll, table
+from tests.running import Stack, digits, digits_pipeline, publish, running_stack, stranger, until
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module")]
+
+REQUESTS_FEW = 5_000
+REQUESTS = 50_000
+LANDED_S = 30.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """With a model that is served."""
+    async with running_stack(tmp_path_factory.mktemp("rolling") / "data") as running:
+        await running.apply(digits_pipeline(MODEL, 600))
+        await running.apply(pipeline())
+        async with stranger(running) as bus:
+            await publish(bus, MODEL, digits(0, 600))
+        await running.event("deployment.ready", lambda data: data["model"] == MODEL)
+        yield running
+
+
+async def roll_under_load(stack: Stack, requests: int) -> Load:
+    """Until so many were sent, and every service was replaced at least once."""
+    before = stack.state["processes"]
+    async with stranger(stack) as bus:
+        load = Load(stack, bus)
+        async with load.running():
+            while load.sent < requests:
+                rolled = await roll(stack)
+                print(f"{load.sent} requests, {rolled}")  # noqa: T201 - what a long test does
+    print(table(load))  # noqa: T201 - its result
+    after = stack.state["processes"]
+    assert {name for name in after if after[name]["pid"] != before[name]["pid"]} == set(SERVICES)
+    assert {one["restarts"] for one in after.values()} == {0}
+    return load
+
+
+async def assert_nothing_was_lost(stack: Stack, load: Load) -> None:
+    assert load.failed == []
+    right = sum(a == b["label"] for a, b in zip(load.expected, digits(1000, ROWS), strict=True))
+    assert right > ROWS * 0.8
+
+    async def all_landed() -> bool:
+        dataset = await stack.try_get("ingest", f"/v1/projects/default/datasets/{DATASET}")
+        return int(dataset.get("rows", 0)) >= len(load.acked)
+
+    await until(all_landed, "acked records have not landed", LANDED_S)
+    assert await landed(stack) == Counter(dict.fromkeys(load.acked, 1))
+    jobs = (await stack.get("scheduler", "/v1/projects/rolled/jobs"))["jobs"]
+    assert Counter(job["job"] for job in jobs) == Counter(dict.fromkeys(load.jobs, 1))
+
+
+@pytest.mark.slow
+async def test_nobody_notices_that_every_service_is_replaced(stack: Stack) -> None:
+    await assert_nothing_was_lost(stack, await roll_under_load(stack, REQUESTS_FEW))
+
+
+@pytest.mark.long
+async def test_nobody_of_many_notices(stack: Stack) -> None:
+    """`make test-rolling`."""
+    await assert_nothing_was_lost(stack, await roll_under_load(stack, REQUESTS))
