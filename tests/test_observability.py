@@ -1,6 +1,8 @@
 """Every metric is documented, every alert is tried, and dashboards ask for what there is."""
 
+import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,8 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from leptonic import compose
 
 from libs.settings import SERVICES
+from tests.running import running_stack, until
 from tests.test_docs import rows, section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,11 +183,37 @@ def test_spans_reach_jaeger_and_our_own_receiver() -> None:
 
 
 def test_the_containers_of_the_profile_read_what_is_here_and_stay_on_loopback() -> None:
-    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    ours = {n: one for n, one in compose.items() if one.get("profiles") == ["observability"]}
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    ours = {n: one for n, one in services.items() if one.get("profiles") == ["observability"]}
     assert set(ours) == {"otel-collector", "jaeger", "prometheus", "grafana"}
     for name, one in ours.items():
         mounted = [volume.split(":")[0] for volume in one.get("volumes", ())]
         assert all((ROOT / path).exists() for path in mounted if path.startswith("./")), name
         assert all(port.startswith("127.0.0.1:") for port in one.get("ports", ())), name
         assert "memory" in one["deploy"]["resources"]["limits"], name
+
+
+@pytest.mark.slow
+@pytest.mark.compose
+async def test_prometheus_finds_every_container_and_evaluates_every_rule(tmp_path: Path) -> None:
+    everyone = dict.fromkeys((*SERVICES, "collector"), "1")
+    async with running_stack(tmp_path / "data", "compose") as stack:
+        up = ("up", "-d", "--wait", "--no-build", "prometheus")
+        await asyncio.to_thread(compose.docker, *up)
+        url = f"http://127.0.0.1:{os.environ['STACK_PROMETHEUS_PORT']}/api/v1"
+
+        async def scraped() -> bool:
+            asked = {"query": 'up{job="leptonic"}'}
+            answer = (await stack.http.get(f"{url}/query", params=asked)).json()["data"]["result"]
+            return {one["metric"]["service"]: one["value"][1] for one in answer} == everyone
+
+        async def evaluated() -> bool:
+            groups = (await stack.http.get(f"{url}/rules")).json()["data"]["groups"]
+            return {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
+
+        try:
+            await until(scraped, "Prometheus does not scrape every container", 60)
+            await until(evaluated, "a rule cannot be evaluated", 60)
+        finally:
+            down = ("--profile", "observability", "down", "--volumes", "--timeout", "5")
+            await asyncio.to_thread(compose.docker, *down)
