@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-long test-compose chaos images-offline check bench generate format clean
+.PHONY: help setup demo test test-long test-rolling test-compose chaos images-offline check bench generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,6 +36,9 @@ images-offline: ## stand-ins for the base images, where no image registry is rea
 
 chaos: setup ## breaks everything in turn under load: KIND=embedded|compose SEED=1 ONLY=nats
 	@$(PYTHON) -m pytest -m chaos -s tests/chaos
+
+test-rolling: setup ## 50,000 requests while every service is replaced again and again
+	@$(PYTHON) -m pytest -m long -s tests/test_rolling.py
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
