@@ -16,7 +16,7 @@ import psutil
 
 READY_POLL_S = 0.03
 READY_S = 60.0
-TAKE_OVER_S = 180.0
+TAKE_OVER_S = 300.0
 """For a successor, which nobody waits for: Ray and its workers are warm in 10 s, in 60 where six
 services start on two cores at once."""
 LOG_BYTES_MAX = 16 << 20

@@ -19,7 +19,7 @@ from leptonic.errors import Error
 READY_S = 60.0
 STOP_S = 30.0
 POLL_S = 0.05
-ROLL_S = 300.0
+ROLL_S = 420.0
 """For one service: until its new process can answer, and its old one has."""
 LOG_TAIL_LINES = 15
 
