@@ -131,7 +131,11 @@ class Containers(Stack):
         return self.endpoints[name]
 
     def log(self, service: str) -> list[str]:
-        return compose.docker("logs", "--no-color", "--no-log-prefix", service).splitlines()
+        """Not `docker compose logs`: v2.26 begins each line with a terminal's escape code."""
+        (container,) = (one for one in compose.containers() if one["Service"] == service)
+        line = ["docker", "logs", container["ID"]]
+        pipe, same = subprocess.PIPE, subprocess.STDOUT
+        return subprocess.run(line, stdout=pipe, stderr=same, check=True).stdout.decode().splitlines()
 
     @property
     def state(self) -> dict[str, Any]:
