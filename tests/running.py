@@ -134,8 +134,8 @@ class Containers(Stack):
         """Not `docker compose logs`: v2.26 begins each line with a terminal's escape code."""
         (container,) = (one for one in compose.containers() if one["Service"] == service)
         line = ["docker", "logs", container["ID"]]
-        pipe, same = subprocess.PIPE, subprocess.STDOUT
-        return subprocess.run(line, stdout=pipe, stderr=same, check=True).stdout.decode().splitlines()
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+        return done.stdout.decode().splitlines()
 
     @property
     def state(self) -> dict[str, Any]:
