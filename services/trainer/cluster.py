@@ -30,12 +30,14 @@ SERVER_PORTS = (
     "metrics-export-port",
 )
 """In this order after the head's own port."""
-WORKER_PORTS = 40
-PORTS = 1 + len(SERVER_PORTS) + WORKER_PORTS
+CLIENT_PORT = "ray-client-server-port"
+"""The head's alone, after those: `ray start` opens it and cannot be told not to."""
+WORKER_PORTS = 39
+PORTS = 2 + len(SERVER_PORTS) + WORKER_PORTS
 """In a row; those of workers come last."""
 STARTED = "Ray runtime started"
 ERROR = re.compile(r"[\w.]*Error: ")
-START_S = 60.0
+START_S = 180.0
 END_S = 8.0
 """SIGTERM to the parent alone: it ends the others within 3 s."""
 OBJECT_STORE_BYTES = 80 << 20
@@ -59,10 +61,10 @@ def ray_start(node: Node, folder: str, joins: str) -> list[str]:
     options: dict[str, Any] = {
         name: node.port + number for number, name in enumerate(SERVER_PORTS, start=1)
     }
-    first = node.port + len(SERVER_PORTS) + 1
+    client = node.port + len(SERVER_PORTS) + 1
     options |= {
-        "min-worker-port": first,
-        "max-worker-port": first + WORKER_PORTS - 1,
+        "min-worker-port": client + 1,
+        "max-worker-port": client + WORKER_PORTS,
         "num-cpus": cpus_of(node.offers),
         "memory": node.offers.memory_mib << 20,
         "resources": json.dumps(resources_of(node.offers)),
@@ -75,8 +77,8 @@ def ray_start(node: Node, folder: str, joins: str) -> list[str]:
     if joins:
         options["address"] = joins
     else:
-        options |= {"port": node.port, "include-dashboard": False}
-    role = [] if joins else ["--head"]
+        options |= {"port": node.port, CLIENT_PORT: client, "include-dashboard": False}
+    role = [] if joins else ["--head", "--no-monitor"]
     words = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role, *words]
 
@@ -107,13 +109,14 @@ async def running(node: Node, folder: str, joins: str = "") -> AsyncIterator[Pro
 
 
 async def read(process: Process, started: asyncio.Event) -> str:
-    """To the end of what it says; returns the last error."""
-    error = "it said nothing of an error"
+    """To the end of what it says; returns the last error, or else the last line."""
+    error = ""
     assert process.stdout is not None
     async for said in process.stdout:
         line = said.decode(errors="replace").strip()
         log.debug("ray start: %s", line)
-        error = line if ERROR.match(line) else error
+        if line and (ERROR.match(line) or not ERROR.match(error)):
+            error = line
         if STARTED in line:
             started.set()
     return error
