@@ -163,7 +163,7 @@ async def test_what_the_next_release_says_waits_for_it() -> None:
     """While a service is replaced its two processes share a consumer."""
     clock = [0.0]
     bus = misbehaving(clock, Misbehaviour())
-    event = {
+    event: dict[str, object] = {
         "specversion": "1.0",
         "id": "1",
         "source": "/leptonic/x",
