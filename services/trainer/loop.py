@@ -5,7 +5,7 @@ also when the run was interrupted between two epochs and resumed from a checkpoi
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -87,7 +87,9 @@ def train(task: Task, world: World, checkpoints: Checkpoints) -> Iterator[Progre
         raise Unusable(f"{len(task.features)} rows are too few for {world.size} workers")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    module = build(task)
+    device = fastest()
+    module = build(task).to(device)
+    task = replace(task, features=task.features.to(device), targets=task.targets.to(device))
     optimizer = task.recipe.optimizer(module)
     done = checkpoints.restore(module, optimizer)
     epochs = task.recipe.params.epochs
@@ -102,6 +104,11 @@ def train(task: Task, world: World, checkpoints: Checkpoints) -> Iterator[Progre
         yield Progress(epoch, epochs, metrics, len(task.features))
 
 
+def fastest() -> torch.device:
+    """The GPU that this process may use, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def train_epoch(
     task: Task, module: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, world: World
 ) -> float:
@@ -109,7 +116,7 @@ def train_epoch(
     order = shuffled(len(task.features), task.seed, epoch)
     torch.manual_seed(task.seed * SEED_STRIDE + epoch * world.size + world.rank)
     module.train()
-    total, rows = torch.zeros(()), 0
+    total, rows = torch.zeros((), device=task.features.device), 0
     for batch in batches(order, task.recipe.params.batch_size, world):
         optimizer.zero_grad()
         loss = task.recipe.loss(module(task.features[batch]), task.targets[batch])
@@ -138,6 +145,7 @@ def batches(order: Tensor, size: int, world: World) -> Iterator[Tensor]:
 def validate(task: Task, module: nn.Module) -> dict[str, float]:
     module.eval()
     with torch.no_grad():
-        outputs = module(task.validation_features[:VALIDATION_ROWS_MAX])
+        some = task.validation_features[:VALIDATION_ROWS_MAX].to(task.features.device)
+        outputs = module(some).cpu()
     predicted = torch.softmax(outputs, 1) if task.recipe.task == "classification" else outputs[:, 0]
     return task.recipe.metrics(predicted.numpy(), task.validation_targets[:VALIDATION_ROWS_MAX])
