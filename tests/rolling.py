@@ -112,7 +112,8 @@ class Load:
             number += 1
             tally.sent += 1
             tally.slowest_s = max(tally.slowest_s, monotonic() - began)
-            await asyncio.sleep(PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.ended.wait(), PAUSE_S)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
