@@ -28,7 +28,7 @@ def roll(services: tuple[str, ...], data_dir: Path | None) -> dict[str, Any]:
 
 
 def roll_containers(services: tuple[str, ...]) -> list[str]:
-    if not containers_of(GATEWAY):
+    if GATEWAY not in {one["Service"] for one in compose.containers()}:
         raise Error(f"no gateway runs to hand over from one container to the next: set {LAYER}")
     for service in services:
         replace(service)
