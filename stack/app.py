@@ -205,7 +205,8 @@ def endpoints(port: Mapping[str, int], keys: Secrets) -> dict[str, str]:
         **{name: port[name] for name in ("inference_http", "inference_metrics", "inference_api")},
         "traces": port["traces"],
     }
-    plain = {"inference_grpc": port["inference_grpc"], "otlp": port["otlp"], "s3": port["s3"]}
+    grpc = {f"{name}_grpc": port[f"{name}_grpc"] for name in SERVICES}
+    plain = {**grpc, "otlp": port["otlp"], "s3": port["s3"]}
     return {
         "nats": servers.nats_url(port["nats"]),
         **{name: f"http://{LOOPBACK}:{number}" for name, number in http.items()},

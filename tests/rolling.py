@@ -150,9 +150,9 @@ async def channel(
     load: Load, connections: contextlib.AsyncExitStack, name: str
 ) -> grpc.aio.Channel:
     """One connection, as any client opens it: no retry policy, no options."""
-    address = f"127.0.0.1:{load.stack.state['ports'][f'{name}_grpc']}"
     own = [("grpc.use_local_subchannel_pool", 1)]
-    return await connections.enter_async_context(grpc.aio.insecure_channel(address, options=own))
+    channel = grpc.aio.insecure_channel(load.stack.endpoint(f"{name}_grpc"), options=own)
+    return await connections.enter_async_context(channel)
 
 
 async def infer_over_http(load: Load, connections: contextlib.AsyncExitStack) -> Call:
@@ -332,7 +332,8 @@ def table(load: Load) -> str:
 
 async def roll(stack: Stack, *services: str) -> dict[str, Any]:
     """`leptonic up --roll`, as an operator says it."""
-    command = (str(LEPTONIC), "up", "--roll", "--json", "--data-dir", str(stack.data_dir))
+    where = ("--stack", stack.kind, "--data-dir", str(stack.data_dir))
+    command = (str(LEPTONIC), "up", "--roll", "--json", *where)
     process = await asyncio.create_subprocess_exec(*command, *services, stdout=PIPE, stderr=PIPE)
     said, problem = await process.communicate()
     assert process.returncode == 0, problem.decode()

@@ -40,6 +40,8 @@ PUBLISHED = re.compile(r"\$\{(STACK_\w+_PORT):-")
 class Stack:
     """What a user knows of a running stack: its stack.json and its doors."""
 
+    kind = "embedded"
+
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
         self.http = httpx.AsyncClient(timeout=10)
@@ -122,6 +124,8 @@ class Stack:
 class Containers(Stack):
     """The same of a Compose project, which the environment names."""
 
+    kind = "compose"
+
     def __init__(self, data_dir: Path) -> None:
         super().__init__(data_dir)
         self.endpoints = dict(compose.locate().endpoints)
@@ -187,7 +191,7 @@ def running_stack(
 
 
 @contextlib.contextmanager
-def compose_project() -> Iterator[str]:
+def compose_project(files: str = "compose.yaml") -> Iterator[str]:
     """The environment of a project of its own, on free ports; nothing of it is left at the end.
 
     The images are those that `make test-compose` has built.
@@ -195,6 +199,7 @@ def compose_project() -> Iterator[str]:
     published = sorted(set(PUBLISHED.findall((ROOT / "compose.yaml").read_text())))
     numbers = map(str, ports.free(len(published)))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPOSE_FILE", files)
         patch.setenv("COMPOSE_PROJECT_NAME", f"leptonic-test-{secrets.token_hex(3)}")
         for name, number in zip(published, numbers, strict=True):
             patch.setenv(name, number)
@@ -205,8 +210,8 @@ def compose_project() -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def running_containers(data_dir: Path) -> AsyncIterator[Stack]:
-    with compose_project():
+async def running_containers(data_dir: Path, files: str = "compose.yaml") -> AsyncIterator[Stack]:
+    with compose_project(files):
         try:
             await asyncio.to_thread(compose.docker, "up", "-d", "--wait", "--no-build")
             stack = Containers(data_dir)
