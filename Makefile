@@ -26,7 +26,7 @@ test: check ## check, then every test
 	@$(PYTHON) -m pytest
 
 test-long: setup ## minutes of training on real data: the articles' case
-	@$(PYTHON) -m pytest -m long -s
+	@$(PYTHON) -m pytest -m "long and not compose" -s services libs
 
 test-compose: setup ## the loop, the demo and the faults in containers; starts a Docker engine where it can
 	@scripts/test_compose.sh
@@ -38,7 +38,7 @@ chaos: setup ## breaks everything in turn under load: KIND=embedded|compose SEED
 	@$(PYTHON) -m pytest -m chaos -s tests/chaos
 
 test-rolling: setup ## 50,000 requests while every service is replaced again and again
-	@$(PYTHON) -m pytest -m long -s tests/test_rolling.py
+	@$(PYTHON) -m pytest -m "long and not compose" -s tests/test_rolling.py
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
