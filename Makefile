@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-long test-rolling test-compose chaos images-offline check bench generate format clean
+.PHONY: help setup demo test test-resilience test-long test-rolling test-compose chaos images-offline check bench generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +24,9 @@ check: setup ## format, lint, types, import rules, style, documentation
 
 test: check ## check, then every test
 	@$(PYTHON) -m pytest
+
+test-resilience: setup ## every service replaced under load, faults, two Ray nodes, two releases on one schema
+	@$(PYTHON) -m pytest -m "resilience and not compose"
 
 test-long: setup ## minutes of training on real data: the articles' case
 	@$(PYTHON) -m pytest -m "long and not compose" -s services libs

@@ -97,7 +97,7 @@ def test_what_adds_is_let_through(statements: str) -> None:
     assert taken_away(statements) == []
 
 
-@pytest.mark.slow
+@pytest.mark.resilience
 @pytest.mark.parametrize("service", STORE_TESTS)
 def test_a_service_runs_on_the_schema_of_its_next_release(service: str) -> None:
     """Its own tests, while every table has a column more: see `tests/newer_schema.py`."""

@@ -79,7 +79,7 @@ async def assert_nothing_was_lost(stack: Stack, load: Load) -> None:
     assert Counter(job["job"] for job in jobs) == Counter(dict.fromkeys(load.jobs, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.resilience
 async def test_nobody_notices_that_every_service_is_replaced(stack: Stack) -> None:
     await assert_nothing_was_lost(stack, await roll_under_load(stack, REQUESTS_FEW))
 

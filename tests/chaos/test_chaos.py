@@ -27,7 +27,7 @@ SHORT = [
 GROUNDS = {"embedded": process_controls.running, "compose": container_controls.running}
 
 
-@pytest.mark.slow
+@pytest.mark.resilience
 async def test_a_pause_and_a_cut_cable_change_nothing(tmp_path: Path) -> None:
     """What `make test` has of it: longer than a broker waits for an ack, and than a query."""
     rows, _ = await broken("embedded", tmp_path, SHORT, records=VERSION_EVERY + 1000)

@@ -12,7 +12,8 @@ from leptonic.client import Client
 from leptonic.watch import Stalled, Watch, at, is_kind, sentence_of
 
 VERSION_S = 60.0
-PLACED_S = 30.0
+PLACED_S = 60.0
+"""The trainer may still be importing torch."""
 REGISTERED_S = 30.0
 DEPLOYED_S = 30.0
 PROMOTED_S = 60.0

@@ -118,7 +118,7 @@ async def result_of(trainer: Trainer, job: str) -> TrainResult:
     return msgspec.convert(said.result, TrainResult)
 
 
-@pytest.mark.slow
+@pytest.mark.resilience
 async def test_a_gang_over_two_nodes_survives_either_and_gives_the_bits_of_one(
     trainer: Trainer, worker: Worker, objects: ObjectStore
 ) -> None:
