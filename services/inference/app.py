@@ -21,7 +21,7 @@ from libs.contracts.protos import (
 from libs.database import TRANSIENT, Database
 from libs.doors import dependencies, gateway
 from libs.doors.drain import Drain
-from libs.doors.serve import background, grpc_door, http_app, http_door
+from libs.doors.serve import background, channel_to, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
 from libs.settings import Common
 from services.inference import feedback
@@ -74,7 +74,7 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
         await stack.enter_async_context(journal.running())
         endpoints = Endpoints(journal, settings.project, settings.node, settings.trace_percent)
         stack.push_async_callback(endpoints.close)
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(settings.registry_grpc))
+        channel = await stack.enter_async_context(channel_to(settings.registry_grpc))
         node = Node(
             name=settings.node,
             incarnation=uuid.uuid4().hex,

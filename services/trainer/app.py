@@ -19,7 +19,7 @@ from libs.contracts.protos import trainer_pb2, trainer_pb2_grpc
 from libs.database import TRANSIENT, Database
 from libs.doors import dependencies
 from libs.doors.drain import Drain
-from libs.doors.serve import background, grpc_door, http_app, http_door
+from libs.doors.serve import background, channel_to, grpc_door, http_app, http_door
 from libs.objectstore import ObjectStore
 from libs.settings import Common, Unknown
 from services.trainer import cluster, session
@@ -73,7 +73,7 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
             settings.s3_secure,
         )
         await objects.create_bucket()
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(settings.registry_grpc))
+        channel = await stack.enter_async_context(channel_to(settings.registry_grpc))
         agent = Agent(
             db,
             bus,
