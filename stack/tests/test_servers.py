@@ -8,9 +8,9 @@ import pytest
 from minio.error import S3Error
 
 from libs.bus import RECORDS, jetstream
-from libs.objectstore import ObjectStore
+from libs.objectstore import ObjectStore, Unavailable
 from stack import ports, servers
-from stack.testing import ACCESS_KEY, PASSWORD, Server, serving
+from stack.testing import ACCESS_KEY, PASSWORD, Server, eventually, serving
 
 
 @pytest.fixture
@@ -85,7 +85,23 @@ async def test_s3_keeps_what_it_took(s3: tuple[Server, ObjectStore]) -> None:
     await server.start()
     assert len(await objects.list("part/")) == 20
     for n in range(20):
-        assert await objects.get(f"part/{n:02}") == b"%d" % n * 5000
+        assert await got(objects, f"part/{n:02}") == b"%d" % n * 5000
+
+
+async def got(objects: ObjectStore, key: str) -> bytes:
+    """Just after its start the server may say that it is not available yet (4.48)."""
+    found = b""
+
+    async def is_there() -> bool:
+        nonlocal found
+        try:
+            found = await objects.get(key)
+        except Unavailable:
+            return False
+        return True
+
+    await eventually(is_there)
+    return found
 
 
 async def test_s3_does_not_delete_a_bucket_that_holds_something(
