@@ -28,7 +28,7 @@ from tests.running import (
 )
 
 # A published port answers for a server that is away; nats-py 2.16 leaves that connection unclosed.
-UNCLOSED = "ignore:Exception ignored in. <function StreamWriter.__del__"
+UNCLOSED = "ignore:Exception ignored in. <(function (StreamWriter|_SelectorTransport)|socket)"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),
