@@ -79,11 +79,11 @@ def find(previous: int | None, avoid: Collection[int], offsets: Collection[int] 
     raise InUse(f"no free port from {FIRST} to {last} ({LOCAL_RANGE})")
 
 
-def free(count: int) -> list[int]:
-    """So many different free ports."""
+def free(count: int, avoid: Collection[int] = ()) -> list[int]:
+    """So many different free ports; `avoid`: those that are promised and not taken yet."""
     found: list[int] = []
     for _ in range(count):
-        found.append(find(None, found))
+        found.append(find(None, {*found, *avoid}))
     return found
 
 

@@ -38,7 +38,7 @@ def plan_of(port: Mapping[str, int]) -> Plan:
         for door, target in DOORS.items()
         if source != target
     ]
-    control, *free = ports.free(len(pairs) + 1)
+    control, *free = ports.free(len(pairs) + 1, avoid=port.values())
     links = [
         Link(source, target, door, listen, port[door])
         for (source, door, target), listen in zip(pairs, free, strict=True)
