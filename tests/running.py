@@ -34,6 +34,7 @@ STOP_S = 45.0
 STACKS = ("embedded", pytest.param("compose", marks=pytest.mark.compose))
 """What a test of a whole stack is parametrised over."""
 S3_KEYS = ("s3_access_key", "s3_secret_key")
+UP = ("up", "-d", "--wait", "--no-build")
 PUBLISHED = re.compile(r"\$\{(STACK_\w+_PORT):-")
 
 
@@ -206,14 +207,14 @@ def compose_project(files: str = "compose.yaml") -> Iterator[str]:
         try:
             yield os.environ["COMPOSE_PROJECT_NAME"]
         finally:
-            compose.docker("down", "--volumes", "--timeout", "5")
+            compose.docker("down", "--volumes", "--timeout", "5", timeout_s=compose.UP_S)
 
 
 @contextlib.asynccontextmanager
 async def running_containers(data_dir: Path, files: str = "compose.yaml") -> AsyncIterator[Stack]:
     with compose_project(files):
         try:
-            await asyncio.to_thread(compose.docker, "up", "-d", "--wait", "--no-build")
+            await asyncio.to_thread(compose.docker, *UP, timeout_s=compose.UP_S)
             stack = Containers(data_dir)
             try:
                 yield stack
