@@ -6,7 +6,7 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -101,8 +101,21 @@ class Batching(Strict, frozen=True):
     """Triton's names."""
 
     max_batch_size: int = 64
+    preferred_batch_size: tuple[int, ...] = ()
+    """A batch of one of these sizes does not wait for more."""
     max_queue_delay_microseconds: int = 0
+    """How long the first of a batch may wait for others; 0: not at all."""
     max_queue_size: int = 1024
+    priority_levels: int = 0
+    """1 is served first; 0: no priorities."""
+    default_priority_level: int = 0
+    """Of requests that name none; 0: the last."""
+    default_timeout_microseconds: int = 0
+    """In the queue; 0: none."""
+    allow_timeout_override: bool = True
+    """Whether a request may ask for a shorter one."""
+    timeout_action: Literal["REJECT", "DELAY"] = "REJECT"
+    """DELAY: behind everybody else."""
 
 
 class Deployment(Strict, frozen=True):
@@ -365,8 +378,17 @@ def check_deployment(deployment: Deployment) -> None:
     check_range(f"{path}.canary.max_accuracy_drop", canary.max_accuracy_drop, 0, 1)
     check_range(f"{path}.batching.max_batch_size", batching.max_batch_size, 1, 1 << 16)
     check_range(f"{path}.batching.max_queue_size", batching.max_queue_size, 1, 1 << 20)
-    delay = batching.max_queue_delay_microseconds
-    check_range(f"{path}.batching.max_queue_delay_microseconds", delay, 0, 10_000_000)
+    for name in ("max_queue_delay_microseconds", "default_timeout_microseconds"):
+        check_range(f"{path}.batching.{name}", getattr(batching, name), 0, 600_000_000)
+    check_range(f"{path}.batching.priority_levels", batching.priority_levels, 0, 64)
+    check_range(
+        f"{path}.batching.default_priority_level",
+        batching.default_priority_level,
+        0,
+        batching.priority_levels,
+    )
+    for size in batching.preferred_batch_size:
+        check_range(f"{path}.batching.preferred_batch_size", size, 1, batching.max_batch_size)
 
 
 def check_triggers(triggers: Triggers) -> None:
