@@ -4,8 +4,9 @@
 tests, which misbehaves from a seed. Both pass `tests/test_behaviour.py`.
 """
 
-from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -35,6 +36,8 @@ DEAD_LETTERS = Stream("DLQ", ("dlq.>",), 30 * DAY_S, 2 * GIB)
 STREAMS = (RECORDS, EVENTS, FEEDBACK, REQUESTS, DEAD_LETTERS)
 DEDUPLICATION_WINDOW_S = 120
 PAYLOAD_BYTES_MAX = 8 << 20
+ANSWERING_MAX = 4096
+"""Requests of one responder under way; further ones wait where the broker put them."""
 
 
 class PublishFailed(ConnectionError):
@@ -43,6 +46,26 @@ class PublishFailed(ConnectionError):
 
 class ReadFailed(ConnectionError):
     """The broker did not answer a read."""
+
+
+class NoAnswer(ConnectionError):
+    """Nobody responds to the subject, or nobody did in time."""
+
+
+class Request(NamedTuple):
+    """Somebody waits for the answer."""
+
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str]
+
+
+class Reply(NamedTuple):
+    payload: bytes
+    headers: Mapping[str, str]
+
+
+Answer = Callable[[Request], Awaitable[Reply]]
 
 
 class Delivery(Protocol):
@@ -123,4 +146,20 @@ class Bus(Protocol):
 
     def listen(self, subject: str) -> AsyncIterator[tuple[str, bytes]]:
         """(subject, payload) of broadcasts, from now on."""
+        ...
+
+    async def request(
+        self, subject: str, payload: bytes, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        """One responder's answer; nothing is kept. Raises `NoAnswer`."""
+        ...
+
+    def respond(
+        self, subject: str, group: str, answer: Answer
+    ) -> AbstractAsyncContextManager[None]:
+        """Answers while the block lasts, many at once; each request goes to one of the group.
+
+        When it ends, others of the group take over, and what came is answered. A request whose
+        `answer` raises gets none: that is a defect, and logged.
+        """
         ...

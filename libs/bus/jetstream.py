@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -26,13 +27,18 @@ from libs.bus import (
     DEDUPLICATION_WINDOW_S,
     ID_HEADER,
     STREAMS,
+    Answer,
     Backlog,
     Delivery,
+    NoAnswer,
     PublishFailed,
     ReadFailed,
+    Reply,
+    Request,
     Stream,
     Subscription,
 )
+from libs.bus.responder import Responder
 
 log = logging.getLogger(__name__)
 PUBLISH_TIMEOUT_S = 1.0
@@ -211,6 +217,39 @@ class JetStreamBus:
         finally:
             with contextlib.suppress(nats.errors.Error):
                 await subscription.unsubscribe()
+
+    async def request(
+        self, subject: str, payload: bytes, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        try:
+            message = await self.client.request(subject, payload, timeout_s, headers=dict(headers))
+        except (nats.errors.Error, OSError) as error:
+            raise NoAnswer(f"{subject}: {error or type(error).__name__}") from error
+        return Reply(message.data, message.headers or {})
+
+    @contextlib.asynccontextmanager
+    async def respond(self, subject: str, group: str, answer: Answer) -> AsyncIterator[None]:
+        async with Responder(answer) as responder:
+
+            async def on_message(message: Msg) -> None:
+                if not message.reply:
+                    return
+                asked = Request(message.subject, message.data, message.headers or {})
+                await responder.take(asked, functools.partial(self.reply, message.reply))
+
+            subscription = await self.client.subscribe(subject, group, on_message)
+            await self.client.flush()
+            try:
+                yield
+            finally:
+                # A connection that is closed has nothing left to take.
+                with contextlib.suppress(nats.errors.Error, TimeoutError):
+                    await subscription.drain()  # type: ignore[no-untyped-call]
+
+    async def reply(self, inbox: str, reply: Reply) -> None:
+        """Nothing when we are not connected any more: who asked gives up by itself."""
+        with contextlib.suppress(nats.errors.ConnectionClosedError, OSError):
+            await self.client.publish(inbox, reply.payload, headers=dict(reply.headers) or None)
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ loses its consumers' unacked work in a crash. A handler that passes over it is i
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from fnmatch import fnmatchcase
@@ -16,12 +17,17 @@ from libs.bus import (
     DEDUPLICATION_WINDOW_S,
     ID_HEADER,
     STREAMS,
+    Answer,
     Backlog,
     Delivery,
+    NoAnswer,
     PublishFailed,
+    Reply,
+    Request,
     Stream,
     Subscription,
 )
+from libs.bus.responder import Responder
 
 LISTEN_QUEUE_MAX = 4096
 
@@ -166,6 +172,7 @@ class MemoryBus:
         self.seen: dict[tuple[str, str], tuple[int, float]] = {}
         self.consumers: dict[tuple[str, str], MemorySubscription] = {}
         self.listeners: list[tuple[str, asyncio.Queue[tuple[str, bytes]]]] = []
+        self.responders: list[tuple[str, Responder]] = []
         self.arrived = asyncio.Event()
 
     def now(self) -> float:
@@ -236,6 +243,34 @@ class MemoryBus:
                 yield await queue.get()
         finally:
             self.listeners.remove((subject, queue))
+
+    async def request(
+        self, subject: str, payload: bytes, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        there = [one for pattern, one in self.responders if matches(pattern, subject)]
+        if not there:
+            raise NoAnswer(f"{subject}: nobody responds")
+        replied: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        async def send(reply: Reply) -> None:
+            if not replied.done():
+                replied.set_result(reply)
+
+        await self.random.choice(there).take(Request(subject, payload, headers), send)
+        try:
+            return await asyncio.wait_for(replied, timeout_s)
+        except TimeoutError as error:
+            raise NoAnswer(f"{subject}: nothing after {timeout_s} s") from error
+
+    @contextlib.asynccontextmanager
+    async def respond(self, subject: str, group: str, answer: Answer) -> AsyncIterator[None]:
+        async with Responder(answer) as responder:
+            entry = (subject, responder)
+            self.responders.append(entry)
+            try:
+                yield
+            finally:
+                self.responders.remove(entry)
 
     def crash(self) -> None:
         """Every consumer's process dies: what it had not acked is due again at once."""

@@ -4,7 +4,17 @@ import asyncio
 
 import pytest
 
-from libs.bus import EVENTS, FEEDBACK, RECORDS, Backlog, Bus, PublishFailed
+from libs.bus import (
+    EVENTS,
+    FEEDBACK,
+    RECORDS,
+    Backlog,
+    Bus,
+    NoAnswer,
+    PublishFailed,
+    Reply,
+    Request,
+)
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.memory import MemoryBus
 
@@ -129,3 +139,67 @@ async def test_broadcast_reaches_whoever_listens(either: Bus) -> None:
         await asyncio.sleep(0)
     assert heard.get_nowait() == ("heartbeats.node", b"alive")
     task.cancel()
+
+
+async def test_a_request_is_answered_by_one_of_its_group(either: Bus) -> None:
+    taken: list[str] = []
+
+    async def upper(request: Request) -> Reply:
+        taken.append(request.subject)
+        return Reply(request.payload.upper(), {"echo": request.headers["sent"]})
+
+    async with (
+        either.respond("predict.p.m", "predict", upper),
+        either.respond("predict.p.m", "predict", upper),
+    ):
+        for number in range(8):
+            reply = await either.request("predict.p.m", b"a%d" % number, {"sent": "s"}, 5.0)
+            assert (reply.payload, reply.headers["echo"]) == (b"A%d" % number, "s")
+    assert taken == ["predict.p.m"] * 8
+
+
+async def test_requests_are_answered_side_by_side(either: Bus) -> None:
+    """Else they could not share a batch."""
+    both = asyncio.Barrier(2)
+
+    async def meet(request: Request) -> Reply:
+        await both.wait()
+        return Reply(request.payload, {})
+
+    async with either.respond("predict.p.m", "predict", meet):
+        replies = await asyncio.gather(
+            *(either.request("predict.p.m", one, {}, 5.0) for one in (b"1", b"2"))
+        )
+    assert [reply.payload for reply in replies] == [b"1", b"2"]
+
+
+async def test_what_was_accepted_is_answered_after_the_end(either: Bus) -> None:
+    accepted, leaving = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: Request) -> Reply:
+        accepted.set()
+        await leaving.wait()
+        return Reply(b"late", {})
+
+    async with either.respond("predict.p.m", "predict", slow):
+        asked = asyncio.create_task(either.request("predict.p.m", b"", {}, 10.0))
+        await accepted.wait()
+        asyncio.get_running_loop().call_soon(leaving.set)
+    assert (await asked).payload == b"late"
+    with pytest.raises(NoAnswer, match=r"predict\.p\.m"):
+        await either.request("predict.p.m", b"", {}, 1.0)
+
+
+async def test_an_answer_that_raises_is_logged_and_the_next_is_answered(
+    either: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def picky(request: Request) -> Reply:
+        if not request.payload:
+            raise ValueError("empty")
+        return Reply(request.payload, {})
+
+    async with either.respond("predict.p.m", "predict", picky):
+        with pytest.raises(NoAnswer):
+            await either.request("predict.p.m", b"", {}, 0.2)
+        assert (await either.request("predict.p.m", b"x", {}, 5.0)).payload == b"x"
+    assert "a request was not answered" in caplog.text
