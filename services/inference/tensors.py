@@ -20,31 +20,45 @@ Arrays = dict[str, Array]
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype("<i2"),
     "INT32": np.dtype("<i4"),
     "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
     "BYTES": np.dtype(object),
 }
+"""BF16 as its bit patterns: numpy has no such type, and onnxruntime takes patterns (as `OrtValue`)
+but not ml_dtypes' bfloat16."""
 CONTENTS = {
     "BOOL": "bool_contents",
     "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
     "INT32": "int_contents",
     "INT64": "int64_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-"""Datatype -> the field of `InferTensorContents` its values travel in."""
+"""Datatype -> the field of `InferTensorContents` its values travel in. FP16 and BF16 have none:
+they travel as raw bytes only, over HTTP too."""
+WHOLE = (int,)
 VALUES: dict[str, tuple[type, ...]] = {
     "BOOL": (bool,),
-    "UINT8": (int,),
-    "INT32": (int,),
-    "INT64": (int,),
     "FP32": (int, float),
     "FP64": (int, float),
     "BYTES": (str, bytes),
 }
+"""Kinds of Python values; of what is not listed, `WHOLE`."""
 LENGTH = struct.Struct("<I")
 
 
@@ -62,20 +76,34 @@ class Given(NamedTuple):
     values: Sequence[Any] | None = None
 
 
-def accept(model: str, signature: Signature, given: Sequence[Given]) -> Arrays:
-    """Every input the signature asks for, each with the same number of rows. Raises `Unfit`."""
+def accept(
+    model: str,
+    signature: Signature,
+    given: Sequence[Given],
+    batched: bool = True,
+    text: bool = True,
+) -> Arrays:
+    """Every input the signature asks for; when `batched`, each with the same number of rows.
+
+    Strings are checked to be UTF-8 and given as `str` where `text`, else they are any `bytes`.
+    Raises `Unfit`.
+    """
     expected = {tensor.name: tensor for tensor in signature.inputs}
     check_names(model, expected, given)
     for one in given:
         check_kind(model, expected[one.name], one)
-    rows = given[0].shape[0]
+    if batched:
+        check_rows(model, given)
+    return {one.name: decoded(model, one, text) for one in given}
+
+
+def check_rows(model: str, given: Sequence[Given]) -> None:
     for one in given:
-        if one.shape[0] != rows:
+        if one.shape[0] != given[0].shape[0]:
             raise Unfit(
                 f"input '{one.name}' batch size does not match other inputs for '{model}': "
-                f"{one.shape[0]} against {rows} of '{given[0].name}'"
+                f"{one.shape[0]} against {given[0].shape[0]} of '{given[0].name}'"
             )
-    return {one.name: decoded(one) for one in given}
 
 
 def check_names(model: str, expected: Mapping[str, Tensor], given: Sequence[Given]) -> None:
@@ -92,7 +120,8 @@ def check_names(model: str, expected: Mapping[str, Tensor], given: Sequence[Give
     if missing:
         raise Unfit(
             f"expected {len(expected)} inputs but got {len(names)} inputs for model '{model}'. "
-            f"Missing required input(s) {listed(missing)}"
+            f"Got inputs [{listed(names)}], but missing required inputs [{listed(missing)}]. "
+            "Please provide all required inputs."
         )
 
 
@@ -112,68 +141,76 @@ def check_kind(model: str, tensor: Tensor, given: Given) -> None:
         )
 
 
-def decoded(given: Given) -> Array:
+def decoded(model: str, given: Given, text: bool) -> Array:
     if given.raw is not None:
-        return from_raw(given.name, given.datatype, given.shape, given.raw)
-    return from_values(given.name, given.datatype, given.shape, given.values or ())
+        return from_raw(model, given, given.raw, text)
+    return from_values(model, given, given.values or (), text)
 
 
-def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Array:
+def from_raw(model: str, given: Given, raw: bytes, text: bool) -> Array:
     """Little-endian row-major bytes -> array; BYTES elements carry a 4-byte length each."""
-    count = math.prod(shape)
-    if datatype == "BYTES":
-        return strings(name, shape, split_lengths(name, count, raw))
-    dtype = DTYPES[datatype]
+    count = math.prod(given.shape)
+    if given.datatype == "BYTES":
+        return strings(given, split_lengths(model, given.name, count, raw), text)
+    dtype = DTYPES[given.datatype]
     if len(raw) != count * dtype.itemsize:
         raise Unfit(
-            f"input '{name}' got {len(raw)} bytes, expected {count * dtype.itemsize} "
-            f"for {datatype} {bracketed(shape)}"
+            f"input byte size mismatch for input '{given.name}' for model '{model}'. "
+            f"Expected {count * dtype.itemsize}, got {len(raw)}"
         )
-    if datatype == "BOOL":
-        return np.frombuffer(raw, np.uint8).astype(np.bool_).reshape(tuple(shape))
-    return np.frombuffer(raw, dtype).reshape(tuple(shape))
+    if given.datatype == "BOOL":
+        return np.frombuffer(raw, np.uint8).astype(np.bool_).reshape(tuple(given.shape))
+    return np.frombuffer(raw, dtype).reshape(tuple(given.shape))
 
 
-def split_lengths(name: str, count: int, raw: bytes) -> list[bytes]:
+def split_lengths(model: str, name: str, count: int, raw: bytes) -> list[bytes]:
+    what = f"inference input '{name}' for model '{model}'"
     found: list[bytes] = []
     position = 0
-    while position < len(raw):
+    while position < len(raw) and len(found) < count:
         start = position + LENGTH.size
-        if start > len(raw) or len(found) == count:
-            break
-        (length,) = LENGTH.unpack_from(raw, position)
-        if start + length > len(raw):
+        if start > len(raw):
             raise Unfit(
-                f"input '{name}' element {len(found)} says {length} bytes, "
-                f"{len(raw) - start} are left"
+                f"incomplete string length indicator for {what}, expecting {LENGTH.size} bytes "
+                f"but only {len(raw) - position} bytes available"
             )
-        found.append(raw[start : start + length])
+        (length,) = LENGTH.unpack_from(raw, position)
         position = start + length
-    if position != len(raw) or len(found) != count:
-        raise Unfit(
-            f"input '{name}' got {len(found)} strings and {len(raw) - position} bytes more, "
-            f"expected {count} strings"
-        )
+        if position > len(raw):
+            raise Unfit(
+                f"incomplete string data for {what}, expecting string of length {length} "
+                f"but only {len(raw) - start} bytes available"
+            )
+        found.append(raw[start:position])
+    if len(found) != count or position != len(raw):
+        more = f" and {len(raw) - position} bytes more" if position < len(raw) else ""
+        raise Unfit(f"expected {count} string elements for {what}, got {len(found)}{more}")
     return found
 
 
-def from_values(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Array:
+def from_values(model: str, given: Given, values: Sequence[Any], text: bool) -> Array:
     """Flat or nested values -> array; every value must be one of the datatype."""
-    flat = flattened(values)
-    count = math.prod(shape)
+    name, datatype = given.name, given.datatype
+    if datatype not in CONTENTS:
+        raise Unfit(
+            f"sending {datatype} data as values is not supported. "
+            f"Please use the binary data format for input '{name}'"
+        )
+    flat = flattened(values) if isinstance(values, list) else list(values)
+    count = math.prod(given.shape)
     if len(flat) != count:
         raise Unfit(
-            f"input '{name}' got {len(flat)} values, expected {count} "
-            f"for {datatype} {bracketed(shape)}"
+            f"input '{name}' for model '{model}' got {len(flat)} values, expected {count} "
+            f"for {datatype} {bracketed(given.shape)}"
         )
     for kind in set(map(type, flat)):
-        if kind not in VALUES[datatype]:
+        if kind not in VALUES.get(datatype, WHOLE):
             raise Unfit(f"input '{name}' holds a {kind.__name__}, expected {datatype} values")
     if datatype == "BYTES":
-        return strings(name, shape, flat)
+        return strings(given, flat, text)
     try:
         with np.errstate(over="raise"):
-            return np.array(flat, DTYPES[datatype]).reshape(tuple(shape))
+            return np.array(flat, DTYPES[datatype]).reshape(tuple(given.shape))
     except (OverflowError, FloatingPointError) as error:
         raise Unfit(f"input '{name}' holds a value out of range for {datatype}: {error}") from error
 
@@ -193,15 +230,18 @@ def flattened(values: Sequence[Any]) -> list[Any]:
     return flat
 
 
-def strings(name: str, shape: Sequence[int], elements: Sequence[str | bytes]) -> Array:
-    """onnxruntime's strings are UTF-8 text."""
+def strings(given: Given, elements: Sequence[str | bytes], text: bool) -> Array:
     array = np.empty(len(elements), object)
     for index, element in enumerate(elements):
         try:
-            array[index] = element.decode() if isinstance(element, bytes) else element
-        except UnicodeDecodeError as error:
-            raise Unfit(f"input '{name}' element {index} is not UTF-8: {error}") from error
-    return array.reshape(tuple(shape))
+            array[index] = as_text(element) if text else encoded_string(element)
+        except UnicodeError as error:
+            raise Unfit(f"input '{given.name}' element {index} is not UTF-8: {error}") from error
+    return array.reshape(tuple(given.shape))
+
+
+def as_text(element: str | bytes) -> str:
+    return element.decode() if isinstance(element, bytes) else element
 
 
 def to_raw(datatype: str, array: Array) -> bytes:
@@ -212,7 +252,12 @@ def to_raw(datatype: str, array: Array) -> bytes:
 
 
 def to_values(datatype: str, array: Array) -> list[Any]:
-    """Flat Python values, row-major; BYTES as bytes."""
+    """Flat Python values, row-major; BYTES as bytes. FP16 and BF16 have none: raises `Unfit`."""
+    if datatype not in CONTENTS:
+        raise Unfit(
+            f"sending {datatype} data as values is not supported. "
+            "Please use the binary data format for output"
+        )
     flat = array.reshape(-1)
     if datatype == "BYTES":
         return [encoded_string(element) for element in flat]

@@ -11,45 +11,102 @@ from hypothesis.extra import numpy as arrays
 
 from libs.contracts.artifacts import Signature, Tensor
 from services.inference import tensors
-from services.inference.tensors import DTYPES, Array, Given, Unfit
+from services.inference.tensors import CONTENTS, DTYPES, Array, Given, Unfit
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=3, max_side=4)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=6)
 NUMERIC = sorted(set(DTYPES) - {"BYTES"})
+TYPED = sorted(CONTENTS)
+RAW_ONLY = sorted(set(DTYPES) - set(CONTENTS))
+ALL = [
+    "BOOL",
+    "UINT8",
+    "UINT16",
+    "UINT32",
+    "UINT64",
+    "INT8",
+    "INT16",
+    "INT32",
+    "INT64",
+    "FP16",
+    "FP32",
+    "FP64",
+    "BF16",
+    "BYTES",
+]
 
 
 @st.composite
-def typed(draw: st.DrawFn) -> tuple[str, Array]:
-    datatype = draw(st.sampled_from(sorted(DTYPES)))
+def typed(draw: st.DrawFn, among: list[str] = ALL) -> tuple[str, Array]:
+    datatype = draw(st.sampled_from(among))
     if datatype == "BYTES":
         return datatype, draw(arrays.arrays(object, SHAPES, elements=TEXT, fill=TEXT))
     return datatype, draw(arrays.arrays(DTYPES[datatype], SHAPES))
+
+
+def test_every_datatype_of_the_protocol_is_known() -> None:
+    assert sorted(DTYPES) == sorted(ALL)
+    assert RAW_ONLY == ["BF16", "FP16"]
+
+
+def taken(datatype: str, shape: tuple[int, ...], **sent: Any) -> Array:
+    """What a model without a batch dimension gets."""
+    signature = Signature([Tensor("x", datatype, [-1] * len(shape))], [])
+    return tensors.accept("m", signature, [Given("x", datatype, shape, **sent)], batched=False)["x"]
 
 
 @given(typed())
 def test_raw_bytes_come_back_the_same(one: tuple[str, Array]) -> None:
     datatype, array = one
     raw = tensors.to_raw(datatype, array)
-    back = tensors.from_raw("x", datatype, array.shape, raw)
+    back = taken(datatype, array.shape, raw=raw)
     assert back.dtype == DTYPES[datatype]
     assert np.array_equal(back, array, equal_nan=datatype.startswith("FP"))
 
 
-@given(typed())
+@given(typed(TYPED))
 def test_values_come_back_the_same_flat_and_nested(one: tuple[str, Array]) -> None:
     datatype, array = one
     flat = tensors.to_values(datatype, array)
-    for values in (flat, array.tolist()):
-        back = tensors.from_values("x", datatype, array.shape, values)
+    for values in (flat, tuple(flat), array.tolist()):
+        back = taken(datatype, array.shape, values=values)
         assert np.array_equal(back, array, equal_nan=datatype.startswith("FP"))
 
 
-@given(st.sampled_from(sorted(DTYPES)), st.binary(max_size=64), SHAPES)
+@pytest.mark.parametrize("datatype", RAW_ONLY)
+def test_half_floats_travel_as_raw_bytes_only(datatype: str) -> None:
+    said = f"sending {datatype} data as values is not supported"
+    with pytest.raises(Unfit, match=said):
+        taken(datatype, (1,), values=[1.0])
+    with pytest.raises(Unfit, match=said):
+        tensors.to_values(datatype, np.zeros(1, DTYPES[datatype]))
+
+
+@given(st.sampled_from(ALL), st.binary(max_size=64), SHAPES)
 def test_any_bytes_are_a_tensor_of_that_shape_or_unfit(
     datatype: str, raw: bytes, shape: tuple[int, ...]
 ) -> None:
     with contextlib.suppress(Unfit):
-        assert tensors.from_raw("x", datatype, shape, raw).shape == shape
+        assert taken(datatype, shape, raw=raw).shape == shape
+
+
+def test_strings_are_text_or_any_bytes() -> None:
+    signature = Signature([Tensor("x", "BYTES", [-1])], [])
+    asked = Given("x", "BYTES", [2], raw=tensors.to_raw("BYTES", np.array([b"\xff", "é"], object)))
+    free = tensors.accept("m", signature, [asked], text=False)["x"]
+    assert free.tolist() == [b"\xff", "é".encode()]
+    with pytest.raises(Unfit, match="element 0 is not UTF-8"):
+        tensors.accept("m", signature, [asked])
+
+
+def test_a_model_without_rows_takes_its_own_shapes() -> None:
+    signature = Signature([Tensor("x", "FP32", [2, -1]), Tensor("y", "INT32", [])], [])
+    x = Given("x", "FP32", [2, 1], raw=bytes(8))
+    y = Given("y", "INT32", [], values=[3])
+    arrays = tensors.accept("m", signature, [x, y], batched=False)
+    assert {name: array.shape for name, array in arrays.items()} == {"x": (2, 1), "y": ()}
+    with pytest.raises(Unfit, match=r"Expected \[2,-1\], got \[1,1\]"):
+        tensors.accept("m", signature, [x._replace(shape=[1, 1]), y], batched=False)
 
 
 DIGITS = Signature([Tensor("pixels", "FP32", [-1, 64]), Tensor("age", "INT32", [-1])], [])
@@ -64,7 +121,11 @@ AGE = Given("age", "INT32", [1], values=[3])
             [PIXELS._replace(name="pixel"), AGE],
             "unexpected inference input 'pixel' for model 'digits': it takes 'pixels', 'age'",
         ),
-        ([PIXELS], "expected 2 inputs but got 1 inputs for model 'digits'. Missing required"),
+        (
+            [PIXELS],
+            "expected 2 inputs but got 1 inputs for model 'digits'. Got inputs ['pixels'], "
+            "but missing required inputs ['age']. Please provide all required inputs.",
+        ),
         ([PIXELS, AGE, AGE], "input 'age' is given twice"),
         (
             [PIXELS._replace(shape=[1, 63]), AGE],
@@ -77,13 +138,19 @@ AGE = Given("age", "INT32", [1], values=[3])
             "inference input 'pixels' data-type is 'FP64', but model 'digits' expects 'FP32'",
         ),
         ([PIXELS._replace(datatype="FP16"), AGE], "data-type is 'FP16'"),
-        ([PIXELS._replace(raw=bytes(252)), AGE], "input 'pixels' got 252 bytes, expected 256"),
-        ([PIXELS._replace(raw=b""), AGE], "input 'pixels' got 0 bytes, expected 256"),
+        (
+            [PIXELS._replace(raw=bytes(252)), AGE],
+            "'pixels' for model 'digits'. Expected 256, got 252",
+        ),
+        ([PIXELS._replace(raw=b""), AGE], "input byte size mismatch for input 'pixels'"),
         (
             [PIXELS, AGE._replace(shape=[2], values=[1, 2])],
             "input 'age' batch size does not match other inputs for 'digits': 2 against 1",
         ),
-        ([PIXELS, AGE._replace(values=[1, 2])], "input 'age' got 2 values, expected 1"),
+        (
+            [PIXELS, AGE._replace(values=[1, 2])],
+            "'age' for model 'digits' got 2 values, expected 1",
+        ),
         ([PIXELS, AGE._replace(values=[1.5])], "input 'age' holds a float, expected INT32 values"),
         ([PIXELS, AGE._replace(values=[True])], "input 'age' holds a bool"),
         ([PIXELS, AGE._replace(values=[None])], "input 'age' holds a NoneType"),
@@ -91,7 +158,7 @@ AGE = Given("age", "INT32", [1], values=[3])
             [PIXELS, AGE._replace(values=[2**31])],
             "input 'age' holds a value out of range for INT32",
         ),
-        ([PIXELS, AGE._replace(values=None)], "input 'age' got 0 values, expected 1"),
+        ([PIXELS, AGE._replace(values=None)], "'age' for model 'digits' got 0 values, expected 1"),
     ],
 )
 def test_what_does_not_fit_is_named_with_its_numbers(given_tensors: list[Given], said: str) -> None:
@@ -103,15 +170,17 @@ def test_what_does_not_fit_is_named_with_its_numbers(given_tensors: list[Given],
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        (b"\x05\x00\x00\x00ab", "element 0 says 5 bytes, 2 are left"),
-        (b"\x01\x00\x00\x00a\x01", "got 1 strings and 1 bytes more, expected 2 strings"),
-        (b"", "got 0 strings and 0 bytes more, expected 2 strings"),
+        (b"\x05\x00\x00\x00ab", "expecting string of length 5 but only 2 bytes available"),
+        (b"\x01\x00\x00\x00a\x01", "length indicator for inference input 'x' for model 'm'"),
+        (b"\x00\x00\x00\x00" * 3, "expected 2 string elements for inference input 'x' for"),
+        (b"\x00\x00\x00\x00" * 3, "'m', got 2 and 4 bytes more"),
+        (b"", "expected 2 string elements for inference input 'x' for model 'm', got 0"),
         (b"\x01\x00\x00\x00\xff\x00\x00\x00\x00", "element 0 is not UTF-8"),
     ],
 )
 def test_short_strings_are_named(raw: bytes, said: str) -> None:
     with pytest.raises(Unfit) as error:
-        tensors.from_raw("name", "BYTES", [2], raw)
+        taken("BYTES", (2,), raw=raw)
     assert said in str(error.value)
 
 
