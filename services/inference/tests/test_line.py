@@ -1,0 +1,367 @@
+"""Whatever comes and whenever: nobody in line is lost, doubled, overtaken by an equal or served too
+late; batches stay within bounds and wait no longer than they may. Python's and C++'s line alike."""
+
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+
+from libs.contracts.pipeline import Batching
+from services.inference.line import DELAYED, STALE_MAX, Line, Turn
+from services.inference.tests.lines import (
+    LINES,
+    US,
+    AnyLine,
+    Configure,
+    Join,
+    Leave,
+    Make,
+    Pass,
+    Step,
+    Take,
+    limits,
+    native,
+    steps,
+)
+
+both = pytest.mark.parametrize("make", LINES)
+
+
+class Ticket(NamedTuple):
+    """What the test knows of one who waits."""
+
+    key: int
+    rows: int
+    kind: int
+    arrived_ns: int
+    deadline_ns: int
+    timeout_ns: int
+    level: int
+
+    @property
+    def expires_ns(self) -> float:
+        return min(self.deadline_ns or float("inf"), self.timeout_ns or float("inf"))
+
+
+class Watched:
+    """A line, and a list of who waits in it that is searched from end to end at every step."""
+
+    def __init__(self, line: AnyLine, given: Batching) -> None:
+        self.line = line
+        self.limits = given
+        self.now_ns = 1_000_000
+        self.there: list[Ticket] = []
+        """In order of arrival; who was delayed, in order of that behind them."""
+        self.joined = 0
+        self.over: list[int] = []
+        """Keys that left in any way."""
+
+    def step(self, step: Step) -> None:
+        match step:
+            case Join():
+                self.join(step)
+            case Leave(which):
+                self.leave(which % (self.joined + 1))
+            case Take():
+                self.take()
+            case Pass(us):
+                self.now_ns += us * US
+            case Configure(given):
+                self.limits = given
+                self.line.configure(given)
+        assert self.line.waiting == len(self.there)
+
+    def join(self, asked: Join) -> None:
+        if asked.rows > self.limits.max_batch_size:
+            return
+        key = self.joined + 1
+        deadline_ns = self.now_ns + asked.deadline_us * US if asked.deadline_us else 0
+        took = self.line.join(
+            key,
+            asked.rows,
+            asked.kind,
+            self.now_ns,
+            deadline_ns,
+            asked.timeout_us,
+            asked.priority,
+        )
+        assert took == (len(self.there) < self.limits.max_queue_size)
+        if took:
+            self.joined = key
+            self.there.append(self.ticket(key, asked, deadline_ns))
+
+    def ticket(self, key: int, asked: Join, deadline_ns: int) -> Ticket:
+        known = self.limits
+        own_us = asked.timeout_us if known.allow_timeout_override else 0
+        timeout_us = min(filter(None, (own_us, known.default_timeout_microseconds)), default=0)
+        timeout_ns = self.now_ns + timeout_us * US if timeout_us else 0
+        level = asked.priority
+        if not 1 <= level <= known.priority_levels:
+            level = known.default_priority_level or known.priority_levels
+        return Ticket(key, asked.rows, asked.kind, self.now_ns, deadline_ns, timeout_ns, level)
+
+    def leave(self, key: int) -> None:
+        self.line.leave(key)
+        for one in [one for one in self.there if one.key == key]:
+            self.there.remove(one)
+            self.over.append(key)
+
+    def take(self) -> Turn:
+        turn = self.line.take(self.now_ns)
+        self.check_late(turn)
+        if turn.batch:
+            self.check_batch(turn)
+        else:
+            self.check_wait(turn)
+        self.there = [one for one in self.there if one.key not in turn.batch]
+        self.over += turn.batch
+        return turn
+
+    def check_late(self, turn: Turn) -> None:
+        """Those whose time is over are told so or go behind everybody; nobody else is, and none
+        of them is in the batch."""
+        expired = [one for one in self.there if one.expires_ns <= self.now_ns]
+        expired.sort(key=lambda one: (one.expires_ns, one.key))
+        late = []
+        for one in expired:
+            self.there.remove(one)
+            by_client = 0 < one.deadline_ns <= self.now_ns
+            if by_client or self.limits.timeout_action == "REJECT":
+                late.append((one.key, by_client))
+            else:
+                self.there.append(one._replace(level=DELAYED, timeout_ns=0))
+        assert turn.late == late
+        self.over += [key for key, _ in late]
+        assert not {key for key, _ in late} & set(turn.batch)
+
+    def equals(self) -> list[Ticket]:
+        """The head of the line and all of its kind, in their order."""
+        order = sorted(self.there, key=lambda one: one.level)
+        return [one for one in order if one.kind == order[0].kind]
+
+    def check_batch(self, turn: Turn) -> None:
+        """The head is in it, nobody of its kind is passed over, and it is as large as may be."""
+        assert turn.wait_ns == 0
+        equals = self.equals()
+        assert turn.batch == [one.key for one in equals[: len(turn.batch)]]
+        rows = [one.rows for one in equals]
+        count, size = len(turn.batch), self.limits.max_batch_size
+        assert count == 1 or sum(rows[:count]) <= size
+        most = max(n for n in range(1, len(rows) + 1) if n == 1 or sum(rows[:n]) <= size)
+        preferred = [p for p in self.limits.preferred_batch_size if p <= sum(rows[:most])]
+        if preferred:
+            assert count == 1 or sum(rows[:count]) <= max(preferred)
+            assert count == most or sum(rows[: count + 1]) > max(preferred)
+        else:
+            assert count == most
+
+    def check_wait(self, turn: Turn) -> None:
+        """It waits only for what could make the batch better, and not past anybody's time."""
+        if not self.there:
+            assert turn.wait_ns == 0
+            return
+        equals = self.equals()
+        enough = min(self.limits.preferred_batch_size, default=self.limits.max_batch_size)
+        assert sum(one.rows for one in equals) < enough
+        due_ns = equals[0].arrived_ns + self.limits.max_queue_delay_microseconds * US
+        look_ns = min(due_ns, *(one.expires_ns for one in self.there))
+        assert turn.wait_ns == look_ns - self.now_ns > 0
+
+    def drain(self) -> None:
+        """With nobody new everybody has left after as many looks as there are reasons to look."""
+        for _ in range(3 * len(self.there) + 1):
+            if not self.there:
+                return
+            self.now_ns += self.take().wait_ns
+        raise AssertionError(self.there)
+
+
+@both
+@given(given_limits=limits(), walk=steps)
+@settings(max_examples=400)
+def test_every_step_of_any_walk_keeps_every_rule(
+    make: Make, given_limits: Batching, walk: list[Step]
+) -> None:
+    watched = Watched(make(given_limits), given_limits)
+    for step in walk:
+        watched.step(step)
+    watched.drain()
+    assert watched.line.waiting == 0
+    assert sorted(watched.over) == list(range(1, watched.joined + 1))
+
+
+@given(given_limits=limits(), walk=steps)
+@settings(max_examples=400)
+def test_both_lines_decide_the_same_at_every_step(given_limits: Batching, walk: list[Step]) -> None:
+    lines: list[AnyLine] = [Line(given_limits), native(given_limits)]
+    now_ns = joined = 0
+    current = given_limits
+    for step in walk:
+        match step:
+            case Join() if step.rows <= current.max_batch_size:
+                joined += 1
+                deadline_ns = now_ns + step.deadline_us * US if step.deadline_us else 0
+                rest = (step.rows, step.kind, now_ns, deadline_ns, step.timeout_us, step.priority)
+                took = [line.join(joined, *rest) for line in lines]
+                assert took[0] == took[1]
+            case Leave(which):
+                for line in lines:
+                    line.leave(which)
+            case Take():
+                turns = [line.take(now_ns) for line in lines]
+                assert turns[0] == turns[1]
+            case Pass(us):
+                now_ns += us * US
+            case Configure(current):
+                for line in lines:
+                    line.configure(current)
+            case _:
+                pass
+        assert lines[0].waiting == lines[1].waiting
+
+
+def joined(make: Make, given: Batching, *asked: Join) -> AnyLine:
+    """A line in which these joined at 0, 1, 2... ns, with keys from 1 on."""
+    line = make(given)
+    for index, one in enumerate(asked):
+        deadline_ns = one.deadline_us * US
+        rest = (deadline_ns, one.timeout_us, one.priority)
+        assert line.join(index + 1, one.rows, one.kind, index, *rest)
+    return line
+
+
+@both
+def test_nobody_is_in_an_empty_line(make: Make) -> None:
+    assert make(Batching()).take(5) == Turn([], [], 0)
+
+
+@both
+def test_without_a_delay_whoever_is_there_is_served_at_once(make: Make) -> None:
+    line = joined(make, Batching(), Join(1), Join(2))
+    assert line.take(1) == Turn([1, 2], [], 0)
+
+
+@both
+def test_the_next_that_does_not_fit_is_not_passed_over_for_a_smaller_one(make: Make) -> None:
+    line = joined(make, Batching(max_batch_size=4), Join(3), Join(2), Join(1))
+    assert [line.take(9).batch for _ in range(2)] == [[1], [2, 3]]
+
+
+@both
+def test_a_batch_that_the_next_does_not_fit_waits_for_nobody(make: Make) -> None:
+    given = Batching(max_batch_size=4, max_queue_delay_microseconds=1000)
+    line = joined(make, given, Join(3), Join(2))
+    assert line.take(9).batch == [1]
+    assert line.take(9) == Turn([], [], 1000 * US + 1 - 9)
+
+
+@both
+def test_other_shapes_wait_for_their_own_turn_in_order_of_their_first(make: Make) -> None:
+    line = joined(make, Batching(), Join(1, 7), Join(1, 0), Join(1, 7), Join(1, 1), Join(1, 0))
+    assert [line.take(9).batch for _ in range(4)] == [[1, 3], [2, 5], [4], []]
+
+
+@both
+def test_a_delay_ends_when_it_is_over_or_the_batch_is_full(make: Make) -> None:
+    given = Batching(max_batch_size=3, max_queue_delay_microseconds=2)
+    line = joined(make, given, Join(1))
+    assert line.take(500) == Turn([], [], 1500)
+    assert line.take(1999) == Turn([], [], 1)
+    assert line.take(2000) == Turn([1], [], 0)
+    line = joined(make, given, Join(1), Join(1), Join(1))
+    assert line.take(2) == Turn([1, 2, 3], [], 0)
+
+
+@both
+def test_a_preferred_size_does_not_wait_and_cuts(make: Make) -> None:
+    given = Batching(preferred_batch_size=(4, 2), max_queue_delay_microseconds=2)
+    line = joined(make, given, *[Join(1)] * 7)
+    assert line.take(6).batch == [1, 2, 3, 4]
+    assert line.take(6).batch == [5, 6]
+    assert line.take(6) == Turn([], [], 2 * US + 6 - 6)
+    assert line.take(2006).batch == [7]
+
+
+@both
+def test_a_request_larger_than_the_preferred_size_is_served_whole(make: Make) -> None:
+    line = joined(make, Batching(preferred_batch_size=(2,)), Join(5), Join(1))
+    assert [line.take(9).batch for _ in range(2)] == [[1], [2]]
+
+
+@both
+def test_priority_1_comes_first_and_0_is_the_last_unless_a_default_says_otherwise(
+    make: Make,
+) -> None:
+    asked = [Join(1, priority=priority) for priority in (0, 3, 2, 1, 4, 2)]
+    one = Batching(max_batch_size=1, priority_levels=3)
+    line = joined(make, one, *asked)
+    assert [line.take(9).batch[0] for _ in asked] == [4, 3, 6, 1, 2, 5]
+    default = Batching(max_batch_size=1, priority_levels=3, default_priority_level=1)
+    line = joined(make, default, *asked)
+    assert [line.take(9).batch[0] for _ in asked] == [1, 4, 5, 3, 6, 2]
+
+
+@both
+def test_a_timeout_of_its_own_may_only_be_shorter_and_only_where_that_is_allowed(
+    make: Make,
+) -> None:
+    asked = (Join(1, timeout_us=9), Join(1, timeout_us=1), Join(1))
+    line = joined(make, Batching(default_timeout_microseconds=5), *asked)
+    assert line.take(1002) == Turn([1, 3], [(2, False)], 0)
+    line = joined(make, Batching(default_timeout_microseconds=5), *asked)
+    assert line.take(5000).late == [(2, False), (1, False)]
+    fixed = Batching(default_timeout_microseconds=5, allow_timeout_override=False)
+    line = joined(make, fixed, *asked)
+    assert line.take(1002) == Turn([1, 2, 3], [], 0)
+
+
+@both
+def test_the_clients_deadline_ends_a_wait_whatever_the_timeout_action(make: Make) -> None:
+    given = Batching(timeout_action="DELAY", max_queue_delay_microseconds=100)
+    line = joined(make, given, Join(1, deadline_us=3), Join(1, timeout_us=2))
+    assert line.take(1) == Turn([], [], 2000)
+    assert line.take(2001) == Turn([], [], 999)
+    assert line.take(3000) == Turn([], [(1, True)], 97_001)
+
+
+@both
+def test_the_delayed_are_served_behind_every_priority(make: Make) -> None:
+    given = Batching(max_batch_size=1, priority_levels=2, timeout_action="DELAY")
+    line = joined(make, given, Join(1, timeout_us=2, priority=1), Join(1, timeout_us=1), Join(1))
+    assert line.take(2001).batch == [3]
+    assert line.join(4, 1, 0, 2002, priority=2)
+    assert [line.take(9999).batch for _ in range(3)] == [[4], [2], [1]]
+
+
+@both
+def test_the_line_is_as_long_as_it_may_be_and_no_longer(make: Make) -> None:
+    line = joined(make, Batching(max_queue_size=3), Join(1), Join(1), Join(1))
+    assert not line.join(4, 1, 0, 9)
+    line.leave(2)
+    line.leave(2)
+    assert line.waiting == 2
+    assert line.join(5, 1, 0, 9)
+    assert not line.join(6, 1, 0, 9)
+    assert line.take(9).batch == [1, 3, 5]
+
+
+@both
+def test_who_waits_under_new_limits_is_served_even_when_it_is_too_large_for_them(
+    make: Make,
+) -> None:
+    line = joined(make, Batching(), Join(8), Join(1))
+    line.configure(Batching(max_batch_size=2))
+    assert [line.take(9).batch for _ in range(2)] == [[1], [2]]
+
+
+def test_who_left_is_forgotten_however_far_its_deadline_is() -> None:
+    line = Line(Batching(max_queue_size=10))
+    for key in range(1, 5000):
+        line.join(key, 1, key, key, deadline_ns=1 << 60)
+        if key % 2:
+            line.leave(key)
+        else:
+            line.take(key)
+        assert len(line.expiries) <= 2 * 10 + STALE_MAX + 1
+    line.take(5000)
+    assert [line.items, line.levels, line.kinds, line.rows, line.expiries] == [{}, {}, {}, {}, []]
