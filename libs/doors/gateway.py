@@ -14,6 +14,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -100,6 +101,12 @@ async def on_refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     body = {"error": str(error), "code": error.code.name, "field": error.field}
     return JSONResponse(body, status_code=error.http_status)
+
+
+async def on_no_route(_: Request, error: Exception) -> Response:
+    """An unknown path, or a verb it does not take, as JSON like every other error."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
 def openapi(title: str, services: list[ServiceDescriptor]) -> dict[str, Any]:

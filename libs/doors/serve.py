@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from libs import telemetry
 from libs.doors import Refused
 from libs.doors.drain import GRPC_LEAVES_S, HTTP_LEAVES_S, Drain, Ready, stopped
-from libs.doors.gateway import on_refused, openapi, routes
+from libs.doors.gateway import on_no_route, on_refused, openapi, routes
 from libs.doors.metrics import CountedCall, CountedRequests, count_unmatched
 
 MESSAGE_BYTES_MAX = 64 << 20
@@ -148,9 +149,13 @@ def http_app(
     apis: Sequence[tuple[Any, ServiceDescriptor]],
     ready: Ready,
     extra: Sequence[Route] = (),
+    document: Mapping[str, Any] | None = None,
 ) -> Starlette:
-    """The platform API of these (servicer, service) pairs, OpenAPI, health and metrics."""
-    document = openapi(title, [service for _, service in apis])
+    """The platform API of these (servicer, service) pairs, OpenAPI, health and metrics.
+
+    `document`: the OpenAPI document where it is not that of these services.
+    """
+    document = document or openapi(title, [service for _, service in apis])
 
     async def live(_: Request) -> Response:
         return JSONResponse({"live": True})
@@ -170,7 +175,7 @@ def http_app(
     api = [one for servicer, service in apis for one in routes(servicer, service)]
     return Starlette(
         routes=[*own, *extra, *api],
-        exception_handlers={Refused: on_refused},
+        exception_handlers={Refused: on_refused, HTTPException: on_no_route},
         middleware=[Middleware(CountedRequests)],
     )
 

@@ -122,6 +122,14 @@ async def test_a_refusal_is_json(
     assert answer.json() == {"error": "here: no", "code": code, "field": "here"}
 
 
+async def test_a_path_or_a_verb_nobody_takes_is_json(http: httpx.AsyncClient) -> None:
+    unknown = await http.get("/v1/nowhere")
+    assert (unknown.status_code, unknown.json()) == (404, {"error": "Not Found"})
+    other = await http.delete("/health/live")
+    assert (other.status_code, other.json()) == (405, {"error": "Method Not Allowed"})
+    assert set(other.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
 async def test_health_says_what_is_so(http: httpx.AsyncClient, desk: Desk) -> None:
     assert (await http.get("/health/live")).json() == {"live": True}
     for state, status in ((True, 200), (False, 503)):
