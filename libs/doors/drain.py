@@ -1,8 +1,9 @@
 """How a service leaves its doors without losing a request.
 
 A newer process of it has opened the same ports by then (`share_ports`), or a balancer before it
-stops choosing it (`drain_s`). Either way: not ready any more, nobody new, then nobody left. gRPC
-connections are told to go at an age (`serve.AGE_MS`), HTTP ones with their next answer.
+stops choosing it (`drain_s`). Either way: not ready any more, nobody new, then nobody left. HTTP
+connections are told to go with their next answer; gRPC ones at an age (`serve.AGE_MS`), or at once
+where the door can say goodbye.
 """
 
 import asyncio
@@ -59,6 +60,8 @@ class Drain:
         self.drain_s = drain_s
         self.ports: dict[int, float] = {}
         """Port -> how long those connected there are waited for."""
+        self.goodbyes: list[Callable[[], None]] = []
+        """Of doors that can tell who is connected to go elsewhere."""
         self.leaving = False
 
     async def ready(self) -> bool:
@@ -80,9 +83,15 @@ class Drain:
         if any(is_taken(port) for port in self.ports):
             for port in self.ports:
                 step_aside(port)
+            self.say_goodbye()
             await self.emptied(HANDSHAKES_S)
         elif self.drain_s:
+            self.say_goodbye()
             await self.emptied(self.drain_s)
+
+    def say_goodbye(self) -> None:
+        for goodbye in self.goodbyes:
+            goodbye()
 
     async def emptied(self, least_s: float) -> None:
         began = monotonic()

@@ -4,8 +4,12 @@ A place in a trace is passed around as its W3C `traceparent`: a string that fits
 and an event.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
@@ -13,6 +17,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
 from libs.telemetry.export import QUEUE_MAX, Insistent
@@ -21,17 +26,22 @@ from libs.telemetry.process import VERSION, identify, service
 
 __all__ = [
     "VERSION",
+    "ChosenIds",
     "JsonLines",
     "Link",
     "Span",
     "SpanKind",
+    "child_of",
     "current",
     "identify",
+    "is_sampled",
     "log_everything",
     "log_to_stderr",
+    "record",
     "service",
     "span",
     "start",
+    "wall_time",
 ]
 
 EXPORT_DELAY_MS = 200
@@ -49,7 +59,7 @@ def start(name: str, endpoint: str, log_level: str = "INFO") -> Iterator[None]:
     log_to_stderr(name, log_level)
     identify(name)
     about = {"service.name": name, "service.version": VERSION}
-    provider = TracerProvider(resource=Resource.create(about))
+    provider = TracerProvider(resource=Resource.create(about), id_generator=ChosenIds())
     if endpoint:
         exporter = Insistent(
             OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=EXPORT_TIMEOUT_S)
@@ -94,6 +104,79 @@ def span(
         if len(followed) > LINKS_MAX:
             current_span.set_attribute("leptonic.links_left_out", len(followed) - LINKS_MAX)
         yield current_span
+
+
+class ChosenIds(RandomIdGenerator):
+    """Random ids, but for a span whose place was told to its caller before it was recorded."""
+
+    def __init__(self) -> None:
+        self.here = threading.local()
+
+    @contextmanager
+    def choosing(self, place: trace.SpanContext) -> Iterator[None]:
+        """What this thread starts in the block is there."""
+        self.here.place = place
+        try:
+            yield
+        finally:
+            del self.here.place
+
+    def generate_span_id(self) -> int:
+        place = getattr(self.here, "place", None)
+        return place.span_id if place else super().generate_span_id()
+
+    def generate_trace_id(self) -> int:
+        place = getattr(self.here, "place", None)
+        return place.trace_id if place else super().generate_trace_id()
+
+
+def record(
+    name: str,
+    *,
+    place: str,
+    parent: str,
+    began_ns: int,
+    ended_ns: int,
+    attributes: Mapping[str, str | int | float | bool] | None = None,
+    links: Sequence[trace.SpanContext] = (),
+    failed: str = "",
+) -> None:
+    """A server's span of something that is over, at a place that was chosen before.
+
+    `began_ns` and `ended_ns` are of `time.monotonic_ns`.
+    """
+    ids = getattr(trace.get_tracer_provider(), "id_generator", None)
+    if not isinstance(ids, ChosenIds):
+        return
+    offset_ns = time.time_ns() - time.monotonic_ns()
+    with ids.choosing(span_context_of(place)):
+        one = trace.get_tracer("leptonic").start_span(
+            name,
+            context=context_of(parent),
+            kind=SpanKind.SERVER,
+            attributes=dict(attributes or {}),
+            links=[Link(link) for link in links],
+            start_time=began_ns + offset_ns,
+        )
+    if failed:
+        mark_failed(one, failed)
+    one.end(ended_ns + offset_ns)
+
+
+def wall_time(at_ns: int) -> datetime:
+    """Of a `time.monotonic_ns`."""
+    return datetime.fromtimestamp((time.time_ns() - time.monotonic_ns() + at_ns) / 1e9, UTC)
+
+
+def is_sampled(traceparent: str) -> bool:
+    """Whether its caller traces."""
+    return bool(traceparent) and span_context_of(traceparent).trace_flags.sampled
+
+
+def child_of(traceparent: str) -> str:
+    """A new place in the caller's trace."""
+    version, trace_id, _, flags = traceparent.split("-")
+    return f"{version}-{trace_id}-{secrets.token_hex(8)}-{flags}"
 
 
 def current() -> str:

@@ -10,8 +10,6 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
 
 from libs.contracts.protos import registry_pb2 as pb
 from libs.contracts.protos import registry_pb2_grpc
@@ -23,10 +21,6 @@ from stack.testing import eventually
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = f"00-{TRACE}-00f067aa0ba902b7-01"
 LIST = "/v1/projects/p/models"
-
-if not isinstance(trace.get_tracer_provider(), TracerProvider):
-    trace.set_tracer_provider(TracerProvider())
-
 
 @contextlib.asynccontextmanager
 async def both_doors(desk: Desk) -> AsyncIterator[tuple[grpc.aio.Channel, httpx.AsyncClient]]:

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from libs import telemetry
 
 PARENT = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
 ROOT = Path(__file__).resolve().parents[3]
 OTHER = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
-
-if not isinstance(trace.get_tracer_provider(), TracerProvider):
-    trace.set_tracer_provider(TracerProvider())
 
 
 def read(span: telemetry.Span) -> ReadableSpan:
@@ -116,3 +115,35 @@ uvloop.run(main())
 def test_the_release_is_the_one_that_is_packaged() -> None:
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert packaged == telemetry.VERSION
+
+
+def test_a_span_is_recorded_at_a_place_that_was_told_before() -> None:
+    finished = InMemorySpanExporter()
+    provider = trace.get_tracer_provider()
+    assert isinstance(provider, TracerProvider)
+    provider.add_span_processor(SimpleSpanProcessor(finished))
+    place = telemetry.child_of(PARENT)
+    other = telemetry.span_context_of(OTHER)
+    telemetry.record(
+        "told", place=place, parent=PARENT, began_ns=5, ended_ns=9, links=[other], failed="why"
+    )
+    (span,) = finished.get_finished_spans()
+    assert span.context is not None
+    assert place.split("-")[1:3] == [
+        f"{span.context.trace_id:032x}",
+        f"{span.context.span_id:016x}",
+    ]
+    assert span.parent is not None
+    assert PARENT.split("-")[2] == f"{span.parent.span_id:016x}"
+    assert (span.end_time or 0) - (span.start_time or 0) == 4
+    assert [link.context for link in span.links] == [other]
+    assert span.status.description == "why"
+
+
+def test_a_root_is_recorded_in_the_trace_that_was_told() -> None:
+    with telemetry.span("other", parent="") as other:
+        telemetry.record("told", place=PARENT, parent="", began_ns=1, ended_ns=2)
+        assert telemetry.current().split("-")[1] != "a" * 32
+    assert read(other).context is not None
+    with telemetry.span("next", parent=""):
+        assert telemetry.current().split("-")[1] != "a" * 32

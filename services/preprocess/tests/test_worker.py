@@ -167,9 +167,7 @@ async def test_the_build_continues_the_trace_of_its_trigger_and_links_all_parts(
 ) -> None:
     finished = InMemorySpanExporter()
     provider = trace.get_tracer_provider()
-    if not isinstance(provider, TracerProvider):
-        provider = TracerProvider()
-        trace.set_tracer_provider(provider)
+    assert isinstance(provider, TracerProvider)
     provider.add_span_processor(SimpleSpanProcessor(finished))
     await desk.handle(applied())
     for number, one in enumerate(FIRST, start=1):

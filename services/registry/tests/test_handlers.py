@@ -5,8 +5,6 @@ import json
 import msgspec
 import psycopg
 import pytest
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
 
 from libs import telemetry
 from libs.bus import DEAD_LETTERS
@@ -241,8 +239,6 @@ async def test_results_that_belong_to_no_pipeline_are_refused(desk: Desk) -> Non
 
 
 async def test_a_version_remembers_the_trace_of_its_registration(desk: Desk) -> None:
-    if not isinstance(trace.get_tracer_provider(), TracerProvider):
-        trace.set_tracer_provider(TracerProvider())
     await desk.apply()
     with telemetry.span("the bus loop", parent=""):
         trace_id = telemetry.current().split("-")[1]
