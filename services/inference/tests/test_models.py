@@ -1,0 +1,158 @@
+"""An ONNX graph in this process: every datatype, its own signature, errors, and no memory kept."""
+
+import ctypes
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from libs.contracts.artifacts import Signature, Tensor
+from services.inference.models import OnnxModel, RunFailed, Unloadable
+from services.inference.tensors import DTYPES, Arrays
+
+ELEMENTS = {
+    "BOOL": TensorProto.BOOL,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "FP16": TensorProto.FLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BF16": TensorProto.BFLOAT16,
+    "BYTES": TensorProto.STRING,
+}
+CYCLES = 100
+GROWTH_BYTES_MAX = 24 << 20
+"""Of 100 loads of 8 MiB of weights."""
+
+
+def graph(op: str, datatype: str, shape: list[Any], **attributes: Any) -> bytes:
+    """`op` from `x` to `y`."""
+    kind = ELEMENTS[datatype]
+    made = helper.make_graph(
+        [helper.make_node(op, ["x"], ["y"], **attributes)],
+        "graph",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, shape if op == "Identity" else None)],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def heavy() -> bytes:
+    """8 MiB of weights."""
+    weights = np.ones((1024, 2048), np.float32)
+    made = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 1024])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2048])],
+        [helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.tobytes(), raw=True)],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def row_of(datatype: str) -> Any:
+    if datatype == "BYTES":
+        return np.array([["a", "é\0b"]], object)
+    return np.array([[0, 1]], DTYPES[datatype])
+
+
+@pytest.mark.parametrize("datatype", ELEMENTS)
+def test_every_datatype_goes_in_and_comes_out(datatype: str) -> None:
+    model = OnnxModel("same", "", graph("Identity", datatype, ["rows", 2]), batched=True)
+    given = row_of(datatype)
+    given_back = model.run({"x": given})["y"]
+    assert given_back.dtype == given.dtype
+    assert given_back.tolist() == given.tolist()
+    assert model.signature.inputs == [Tensor("x", datatype, [-1, 2])]
+
+
+def test_bf16_rows_outlive_the_run_that_made_them() -> None:
+    model = OnnxModel("same", "", graph("Identity", "BF16", ["rows", 2]), batched=True)
+    first = model.run({"x": np.array([[1, 2]], "<u2")})["y"]
+    model.run({"x": np.array([[3, 4]], "<u2")})
+    assert first.tolist() == [[1, 2]]
+
+
+def test_a_signature_is_the_graphs_own_unless_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graph("Identity", "FP32", [2, "more", 3]))
+    model = OnnxModel("own", "", path, batched=False)
+    assert model.signature == Signature(
+        [Tensor("x", "FP32", [2, -1, 3])], [Tensor("y", "FP32", [2, -1, 3])]
+    )
+    assert model.run({"x": np.ones((2, 5, 3), np.float32)})["y"].shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "promised", "why"),
+    [
+        ([2, 2], None, "the first dimension must be open"),
+        (["rows"], Signature([Tensor("z", "FP32", [-1])], []), "differ in x, z"),
+        (["rows"], Signature([Tensor("x", "FP64", [-1])], []), "'x' is FP32 in the graph, FP64"),
+        (["rows"], Signature([Tensor("x", "FP32", [-1])], [Tensor("w", "FP32", [-1])]), "in w"),
+    ],
+)
+def test_a_graph_that_breaks_its_promise_is_not_loaded(
+    shape: list[Any], promised: Signature | None, why: str
+) -> None:
+    with pytest.raises(Unloadable, match=why):
+        OnnxModel("bad", "", graph("Identity", "FP32", shape), batched=True, signature=promised)
+
+
+def test_what_is_no_graph_is_not_loaded() -> None:
+    with pytest.raises(Unloadable, match="failed to load 'bad'"):
+        OnnxModel("bad", "", b"rubbish", batched=True)
+
+
+def test_a_graph_with_somebody_elses_ops_is_not_loaded_here() -> None:
+    with pytest.raises(Unloadable, match=r"domain 'their\.domain'"):
+        OnnxModel("ops", "", graph("Op", "FP32", ["rows"], domain="their.domain"), batched=True)
+
+
+def test_a_graph_that_raises_fails_its_run_only() -> None:
+    """In ONNX 7 rows do not reshape to 2 columns."""
+    kind = TensorProto.FLOAT
+    made = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "to"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", kind, ["rows", 2])],
+        [helper.make_tensor_value_info("y", kind, ["rows", 2])],
+        [helper.make_tensor("to", TensorProto.INT64, [2], [1, 2])],
+    )
+    built = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = OnnxModel("one", "", built.SerializeToString(), batched=True)
+    with pytest.raises(RunFailed, match=r"model one: .*Reshape"):
+        model.run({"x": np.ones((7, 2), np.float32)})
+    assert model.run({"x": np.ones((1, 2), np.float32)})["y"].tolist() == [[1, 1]]
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def cycle(built: bytes, given: Arrays) -> None:
+    model = OnnxModel("heavy", "", built, batched=True)
+    model.run(given)
+    model.close()
+
+
+def test_100_loads_leave_the_memory_as_it_was() -> None:
+    built, given = heavy(), {"x": np.ones((64, 1024), np.float32)}
+    cycle(built, given)
+    before = resident_bytes()
+    for _ in range(CYCLES):
+        cycle(built, given)
+    assert resident_bytes() - before < GROWTH_BYTES_MAX
