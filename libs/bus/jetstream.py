@@ -238,7 +238,10 @@ class JetStreamBus:
                 await responder.take(asked, functools.partial(self.reply, message.reply))
 
             subscription = await self.client.subscribe(subject, group, on_message)
-            await self.client.flush()
+            # So that whoever asks from now on is heard; while the server is away nobody asks, and
+            # it hears of us when it is back.
+            with contextlib.suppress(nats.errors.Error, TimeoutError):
+                await self.client.flush(CLOSE_S)
             try:
                 yield
             finally:
