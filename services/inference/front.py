@@ -190,6 +190,10 @@ class Front(Protocol):
     """The gRPC door of the inference service: cleartext HTTP/2 on one port."""
 
     port: int
+    """0 until it listens."""
+
+    async def listen(self, host: str, port: int, shared: bool) -> None:
+        """`shared`: others may listen there too (SO_REUSEPORT). Raises `OSError`."""
 
     def batcher(self, lane: Lane) -> Batcher: ...
 
