@@ -17,7 +17,7 @@ import numpy as np
 from libs.contracts.artifacts import Tensor
 from libs.contracts.pipeline import Batching
 from services.inference import sampling, tensors
-from services.inference.front import Counts, Lane, Note, Sampling, Waiter
+from services.inference.front import Batch, Counts, Lane, Note, Sampling, Waiter
 from services.inference.line import Line
 from services.inference.tally import Tally
 from services.inference.tensors import Array, Arrays
@@ -80,7 +80,7 @@ class PythonBatch:
             for index, request in enumerate(requests)
             if request.traced or request.logged
         }
-        self.notes = list(self.noted.values())
+        self.notes: Sequence[Note] = list(self.noted.values())
         self.asked_ns = self.gathered_ns = taken_ns
         self.is_over = False
 
@@ -164,7 +164,7 @@ class PythonBatch:
         self.is_over = True
         self.home.fail(self.requests, code, text)
 
-    def split(self) -> "list[PythonBatch]":
+    def split(self) -> list[Batch]:
         assert not self.is_over
         self.is_over = True
         return [PythonBatch(self.home, [request], self.taken_ns) for request in self.requests]
