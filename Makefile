@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-resilience test-long test-rolling test-compose chaos images-offline check bench generate format clean
+.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline check bench bench-peers generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,9 @@ test-resilience: setup ## every service replaced under load, faults, two Ray nod
 test-long: setup ## minutes of training on real data: the articles' case
 	@$(PYTHON) -m pytest -m "long and not compose" -s services libs
 
+soak: setup ## ten minutes of load on one server, its memory flat: SECONDS_OF_SOAK=600
+	@$(PYTHON) -m pytest -m long tests/test_soak.py
+
 test-compose: setup ## the loop, the demo and the faults in containers; starts a Docker engine where it can
 	@scripts/test_compose.sh
 
@@ -45,6 +48,9 @@ test-rolling: setup ## 50,000 requests while every service is replaced again and
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
+
+bench-peers: setup ## the inference service and its peers: ONLY=triton-cpp,ours SECONDS=2 RUNS=5 MODELS=mlp AGAIN=1
+	@ONLY=$(ONLY) SECONDS_EACH=$(SECONDS) RUNS=$(RUNS) MODELS=$(MODELS) AGAIN=$(AGAIN) $(PYTHON) -m bench.peers
 
 generate: setup ## gRPC code from the protos
 	@scripts/generate.sh

@@ -1,0 +1,167 @@
+"""`make bench-peers`: every server on one core, the client on the other, turn by turn.
+
+ONLY=triton-cpp,ours SECONDS=2 RUNS=5 MODELS=mlp select; a run that was stopped goes on where it was
+(AGAIN=1 starts anew). What is measured is in `rounds`, who is in `peers`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from bench.peers import table
+from bench.peers.environments import PEERS, ROOT
+from bench.peers.models import export_missing, rows_of
+from bench.peers.peers import MODELS, Peer, selected
+from bench.peers.rounds import CELLS, Arrangement, Record, in_process, turn
+from bench.peers.wire import write_bodies
+
+RESULTS = Path(__file__).parents[1] / "peers.json"
+STATE = PEERS / "run.json"
+QUIET_LOAD_MAX = 0.5
+
+
+class Plan(msgspec.Struct, frozen=True):
+    commit: str
+    only: str
+    models: list[str]
+    seconds: float
+    runs: int
+
+
+class Run(msgspec.Struct):
+    plan: Plan
+    records: list[Record]
+    load_before: float
+    """Processes that wanted a core in the minute before the first turn: 0 on a quiet machine."""
+
+
+def plan_of(environment: dict[str, str]) -> Plan:
+    """Raises `ValueError` for a model or a server that is not known."""
+    models = [name for name in environment.get("MODELS", "").split(",") if name] or list(CELLS)
+    if unknown := sorted(set(models) - set(CELLS)):
+        raise ValueError(f"MODELS={','.join(unknown)}: known are {', '.join(CELLS)}")
+    only = environment.get("ONLY", "")
+    selected(only)
+    seconds, runs = (
+        float(environment.get("SECONDS_EACH") or "2"),
+        int(environment.get("RUNS") or "5"),
+    )
+    return Plan(commit(), only, models, seconds, runs)
+
+
+def commit() -> str:
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def begun(plan: Plan, again: bool) -> Run:
+    if STATE.exists() and not again:
+        run = msgspec.json.decode(STATE.read_bytes(), type=Run)
+        if run.plan == plan:
+            return run
+    return Run(plan, [], os.getloadavg()[0])
+
+
+def work(run: Run, where: Arrangement) -> Iterator[Record]:
+    """What is not measured yet, round by round: a slow minute hurts every server alike."""
+    done = {(one.round, one.server, tuple(one.names)) for one in run.records}
+    hopeless = {one.server for one in run.records if one.failed}
+    models = run.plan.models
+    for number in range(run.plan.runs):
+        for peer in selected(run.plan.only):
+            for names in turns(peer, models):
+                if (number, peer.name, names) not in done and peer.name not in hopeless:
+                    record = turn(number, peer, names, where)
+                    hopeless |= {peer.name} if record.failed else set()
+                    yield record
+            if peer.name == table.OURS and peer.name not in hopeless:
+                for label, names, cores in special(models, where):
+                    if (number, label, names) not in done:
+                        yield turn(number, peer, names, cores, label)
+        if (number, "onnxruntime", tuple(models)) not in done:
+            yield in_process(number, models, where)
+
+
+def special(
+    models: list[str], where: Arrangement
+) -> Iterator[tuple[str, tuple[str, ...], Arrangement]]:
+    """Turns of ours alone: with one model, as a replica has it; and with a worker on each core,
+    where the client takes its share of both."""
+    if "mlp" in models:
+        yield table.ONE_MODEL, ("mlp",), where
+    if names := tuple(name for name in table.SCALED if name in models):
+        cores = [*where.server_cores, *where.client_cores]
+        yield table.TWO_CORES, names, Arrangement(where.seconds, cores, cores)
+
+
+def turns(peer: Peer, models: list[str]) -> list[tuple[str, ...]]:
+    mine = tuple(name for name in models if name in peer.models)
+    if peer.alone:
+        return [(name,) for name in mine]
+    return [mine] if mine else []
+
+
+def arrangement(plan: Plan) -> Arrangement:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        sys.exit("bench-peers needs two cores: one for the server, one for the client")
+    if shutil.which("h2load") is None:
+        sys.exit("bench-peers needs h2load: apt-get install nghttp2-client")
+    os.sched_setaffinity(0, {cores[0]})
+    return Arrangement(plan.seconds, [cores[1]], [cores[0]])
+
+
+def publish(run: Run) -> None:
+    figures = table.Figures(run.records)
+    found = table.targets(figures)
+    print("\n".join(table.table(figures)), end="\n\n")
+    print("\n".join(target.line() for target in found))
+    if run.load_before > QUIET_LOAD_MAX:
+        print(f"\nNOT QUIET: the load was {run.load_before:.1f} before the first turn")
+    written = {
+        "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "plan": msgspec.to_builtins(run.plan),
+        "cpu": cpu(),
+        "load_before": run.load_before,
+        "targets": [{**target._asdict(), "verdict": target.verdict} for target in found],
+        "records": msgspec.to_builtins(run.records),
+    }
+    RESULTS.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"\nwritten to {RESULTS.relative_to(ROOT)}")
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}"
+
+
+def main() -> None:
+    try:
+        plan = plan_of(dict(os.environ))
+    except ValueError as error:
+        sys.exit(str(error))
+    PEERS.mkdir(exist_ok=True)
+    (PEERS / "home").mkdir(exist_ok=True)
+    where = arrangement(plan)
+    export_missing(MODELS)
+    for name in CELLS:
+        write_bodies(PEERS / "bodies", name, rows_of(name, 1))
+    run = begun(plan, bool(os.environ.get("AGAIN")))
+    for record in work(run, where):
+        run.records.append(record)
+        STATE.write_bytes(msgspec.json.encode(run))
+        told = record.failed or ", ".join(f"{c} {r:,.0f}" for c, r in record.rates.items())
+        print(f"round {record.round + 1}, {record.server}: {told}", flush=True)
+    publish(run)
+
+
+if __name__ == "__main__":
+    main()
