@@ -1,0 +1,305 @@
+"""A model in a process of its own: its crash is one request's error, not the service's end.
+
+A thread for each model keeps a worker alive and hands out what it says; see `worker` for the other
+side.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread
+from typing import NamedTuple
+
+import msgspec
+
+from libs.contracts.artifacts import Signature
+from services.inference.channel import Arrays, Channel, Message
+from services.inference.models import Crashed, RunFailed, Unloadable
+from services.inference.worker import Spec
+
+log = logging.getLogger(__name__)
+RUN_S_MAX = 120.0
+"""A batch that takes longer never ends; so does a stream that is silent for so long."""
+START_S_MAX = 120.0
+END_S_MAX = 5.0
+BACKOFF_S_MAX = 30.0
+ANSWERS_WAITING_MAX = 1024
+"""Of one stream whose client does not read."""
+LINES_KEPT = 12
+SAID_CHARS_MAX = 600
+ROOT = Path(__file__).resolve().parents[2]
+OURS = "LEPTONIC_"
+"""Settings of the service, passwords among them, are none of the model's business."""
+NOISE = ("services/inference/worker.py", "<frozen runpy>", "Extension modules:")
+"""Of a crash's traceback: what is not the model's."""
+
+
+class Ended(NamedTuple):
+    """Instead of an answer."""
+
+    cause: str
+
+
+Answers = SimpleQueue[tuple[Message, Arrays] | Ended]
+
+
+class Worker:
+    """One process, our end of its channel, and what it said last."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.title = f"worker of model '{spec.name}' version {spec.version}"
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel = Channel(ours)
+        self.lines: deque[str] = deque(maxlen=LINES_KEPT)
+        self.killed = ""
+        with theirs:
+            self.process = started(theirs.fileno())
+        self.listener = Thread(target=self.listen, name=self.title, daemon=True)
+        self.listener.start()
+        self.send(Message(text=msgspec.json.encode(spec).decode()))
+
+    def listen(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as said:
+            for line in map(str.strip, said):
+                if line and not any(one in line for one in NOISE):
+                    self.lines.append(line)
+                    log.info("%s: %s", self.title, line)
+
+    def send(self, message: Message, arrays: Arrays | None = None) -> None:
+        """Whether the process is still there is said by its silence only."""
+        with contextlib.suppress(OSError):
+            self.channel.send(message, arrays)
+
+    def first_words(self) -> Message:
+        """Once it can serve; or its error, or why it cannot."""
+        self.channel.sock.settimeout(START_S_MAX)
+        try:
+            received = self.channel.receive()
+        except TimeoutError:
+            self.kill(f"was killed: it was not ready after {START_S_MAX:g} s")
+            received = None
+        patience = struct.pack("ll", int(RUN_S_MAX), 0)
+        self.channel.sock.settimeout(None)
+        self.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        return received[0] if received is not None else Message(error=self.end())
+
+    def kill(self, why: str) -> None:
+        self.killed = why
+        self.process.kill()
+
+    def let_go(self) -> None:
+        """It finishes what it does, says so, and ends."""
+        with contextlib.suppress(OSError):
+            self.channel.sock.shutdown(socket.SHUT_WR)
+        try:
+            self.process.wait(END_S_MAX)
+        except subprocess.TimeoutExpired:
+            self.kill(f"was killed: it did not end within {END_S_MAX:g} s")
+
+    def end(self, doing: str = "") -> str:
+        """Of a process that has left its channel: why it ended."""
+        self.let_go()
+        code = self.process.wait()
+        self.channel.close()
+        self.listener.join(END_S_MAX)
+        cause = f"{self.title} {self.killed or cause_of(code)}{doing}"
+        said = " | ".join(self.lines)[-SAID_CHARS_MAX:]
+        return f"{cause}; it said: {said}" if said else cause
+
+
+def started(descriptor: int) -> subprocess.Popen[str]:
+    """In a session of its own: a signal to the service's group is not for its workers."""
+    environment = {name: v for name, v in os.environ.items() if not name.startswith(OURS)}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "services.inference.worker", str(descriptor), str(os.getpid())]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=[descriptor],
+        start_new_session=True,
+        env=environment,
+        text=True,
+        errors="replace",
+    )
+
+
+def cause_of(code: int) -> str:
+    if code < 0:
+        return f"died of signal {-code} ({signal.Signals(-code).name})"
+    return f"ended with exit code {code}"
+
+
+def pause_s(falls: int) -> float:
+    """The first start and the first after a crash are at once."""
+    return 0.0 if falls < 2 else min(2.0 ** (falls - 3), BACKOFF_S_MAX)
+
+
+class Isolated:
+    """The model as the batcher knows it."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        digest: str = "",
+        *,
+        signature: Signature | None = None,
+        decoupled: bool = False,
+        labels: dict[str, list[str]] | None = None,
+        on_crash: Callable[[str], None] | None = None,
+    ) -> None:
+        """`signature`: what the worker's graph says when None. `on_crash` is told every cause, once
+        for each process, on this model's own thread. Raises `Unloadable`."""
+        self.spec = spec
+        self.digest = digest
+        self.batched = spec.batched
+        self.decoupled = decoupled
+        self.platform = "python" if spec.kind == "python" else "onnxruntime_onnx"
+        self.labels = labels or {}
+        self.on_crash = on_crash
+        self.crashes = 0
+        self.worker: Worker | None = None
+        self.waiting: dict[int, Answers] = {}
+        self.numbers = itertools.count(1)
+        self.turn = Lock()
+        self.changing = Lock()
+        """Over `up`, `worker` and `waiting`: who asks a worker hears of its end."""
+        self.up = Event()
+        self.closing = Event()
+        told: SimpleQueue[Message] = SimpleQueue()
+        self.keeper = Thread(target=self.keep, args=[told], name=spec.name, daemon=True)
+        self.keeper.start()
+        said = told.get()
+        if said.error is not None:
+            raise Unloadable(f"failed to load '{spec.name}': {said.error}")
+        self.signature = signature or msgspec.json.decode(said.text, type=Signature)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """One at a time, as a worker computes one at a time; so a crash is one batch's."""
+        with self.turn, self.asked(inputs) as (worker, answers):
+            message, outputs = self.next_of(worker, answers)
+        if message.tensors is None:
+            raise RunFailed(f"model {self.spec.name} gave no answer")
+        return outputs
+
+    def stream(self, inputs: Arrays) -> Iterator[Arrays]:
+        with self.asked(inputs) as (worker, answers):
+            last = False
+            while not last:
+                message, outputs = self.next_of(worker, answers)
+                last = message.last
+                if message.tensors is not None:
+                    yield outputs
+
+    @contextlib.contextmanager
+    def asked(self, inputs: Arrays) -> Iterator[tuple[Worker, Answers]]:
+        number, answers = next(self.numbers), Answers()
+        worker = self.joined(number, answers)
+        try:
+            worker.send(Message(number), inputs)
+            yield worker, answers
+        finally:
+            self.waiting.pop(number, None)
+
+    def joined(self, number: int, answers: Answers) -> Worker:
+        """Waits for the next worker where there is none."""
+        while self.up.wait(START_S_MAX):
+            with self.changing:
+                if self.up.is_set() and self.worker is not None:
+                    self.waiting[number] = answers
+                    return self.worker
+        raise Crashed("its worker crashed and is not back yet")
+
+    def next_of(self, worker: Worker, answers: Answers) -> tuple[Message, Arrays]:
+        try:
+            said = answers.get(timeout=RUN_S_MAX)
+        except Empty:
+            worker.kill(f"was killed: it gave no answer for {RUN_S_MAX:g} s")
+            said = answers.get()
+        if isinstance(said, Ended):
+            raise Crashed(said.cause)
+        if said[0].error is not None:
+            raise RunFailed(f"model {self.spec.name}: {said[0].error}")
+        return said
+
+    def close(self) -> None:
+        self.closing.set()
+        with self.changing:
+            worker = self.worker
+        if worker is not None:
+            worker.let_go()
+        self.keeper.join()
+
+    def keep(self, told: SimpleQueue[Message]) -> None:
+        """There is always a worker: the next one starts as soon as one is gone."""
+        falls = 0
+        said: Message | None = None
+        while not self.closing.wait(pause_s(falls)):
+            worker = self.begin()
+            if worker is None:
+                return
+            is_first, said = said is None, worker.first_words()
+            if is_first:
+                told.put(said)
+            if is_first and said.error is not None:
+                worker.end()
+                return
+            answered = self.hand_out(worker) if said.error is None else 0
+            falls = 1 if answered else falls + 1
+            self.bury(worker)
+
+    def begin(self) -> Worker | None:
+        with self.changing:
+            if self.closing.is_set():
+                return None
+            self.worker = Worker(self.spec)
+            return self.worker
+
+    def hand_out(self, worker: Worker) -> int:
+        """What it says, until it is gone; how much that was."""
+        self.up.set()
+        count = 0
+        while (received := worker.channel.receive()) is not None:
+            count += 1
+            number = received[0].id
+            answers = self.waiting.get(number)
+            if answers is None:
+                continue
+            if answers.qsize() == ANSWERS_WAITING_MAX:
+                error = f"{ANSWERS_WAITING_MAX} answers wait already: they are read too slowly"
+                received = Message(number, error=error), {}
+                self.waiting.pop(number, None)
+            answers.put(received)
+        return count
+
+    def bury(self, worker: Worker) -> None:
+        with self.changing:
+            self.up.clear()
+            waiting, self.waiting = list(self.waiting.values()), {}
+        cause = worker.end(" while it ran a batch" if waiting else "")
+        for answers in waiting:
+            answers.put(Ended(cause))
+        if self.closing.is_set():
+            return
+        self.crashes += 1
+        log.error("%s", cause)
+        if self.on_crash is not None:
+            self.on_crash(cause)
