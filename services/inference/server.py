@@ -3,8 +3,8 @@
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
 
 import grpc
 import msgspec
@@ -16,26 +16,77 @@ from libs.contracts.pipeline import is_name
 from libs.contracts.protos import inference_pb2, inference_pb2_grpc, open_inference_pb2_grpc
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.database import TRANSIENT, Database, Transaction
-from libs.doors import Invalid, NotFound, Refused, Unavailable
+from libs.doors import Conflict, Invalid, NotFound, Refused, Unavailable
 from libs.doors.drain import Ready
-from services.inference import domain, feedback, store, tensors
-from services.inference.endpoints import PLATFORM, Answer, Call, Endpoint, Endpoints, Served
-from services.inference.statistics import Duration
-from services.inference.tensors import CONTENTS, Given
+from services.inference import domain, feedback, protocol, store
+from services.inference.controls import Controls
+from services.inference.endpoint import Endpoint
+from services.inference.endpoints import Endpoints
+from services.inference.sharedmemory import SharedMemory
+from services.inference.streams import Stream
 
 SERVER_VERSION = "0.1.0"
-EXTENSIONS = ("binary_tensor_data", "statistics", "model_repository")
+EXTENSIONS = (
+    "classification",
+    "sequence",
+    "model_repository",
+    "schedule_policy",
+    "model_configuration",
+    "system_shared_memory",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
+)
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
-"""Opens its own span: one a request."""
-MICROSECONDS = 1e6
-Context = grpc.aio.ServicerContext[Any, Any]
+MODEL_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
+"""Both open their own spans: one a request."""
+UNLOAD_DEPENDENTS = "unload_dependents"
+Context = Any
+"""`rpc.Context`; None where a method asks nothing of it."""
+
+
+class Unsupported(Refused):
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class Repository(Protocol):
+    """Where models are loaded from on a client's demand. Raises `Refused`."""
+
+    async def load(self, name: str, config: str = "", files: Mapping[str, bytes] = ...) -> None: ...
+
+    async def unload(self, name: str) -> None: ...
+
+    def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]: ...
+
+
+class Deployed:
+    """The models of the platform: deployments decide what is served, and clients look."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.index = endpoints.index
+
+    async def load(self, name: str, config: str = "", files: Mapping[str, bytes] = {}) -> None:
+        raise Conflict(f"failed to load '{name}': deployments decide what is served here")
+
+    async def unload(self, name: str) -> None:
+        raise Conflict(f"failed to unload '{name}': deployments decide what is served here")
 
 
 class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, endpoints: Endpoints, name: str, ready: Ready) -> None:
+    """The protocol; HTTP asks the same object."""
+
+    def __init__(
+        self, endpoints: Endpoints, name: str, ready: Ready, repository: Repository | None = None
+    ) -> None:
+        """Without a repository, deployments decide what is served."""
         self.endpoints = endpoints
         self.name = name
         self.ready = ready
+        self.repository = repository or Deployed(endpoints)
+        self.memory = SharedMemory()
+        self.controls = Controls(endpoints)
 
     async def ServerLive(self, request: oip.ServerLiveRequest, context: Context) -> Any:
         return oip.ServerLiveResponse(live=True)
@@ -54,139 +105,118 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Context) -> Any:
         versions, served = self.endpoints.described(request.name, request.version)
-        signature = served.model.signature
-        kind = oip.ModelMetadataResponse.TensorMetadata
-        return oip.ModelMetadataResponse(
-            name=request.name,
-            versions=versions,
-            platform=PLATFORM,
-            inputs=[kind(**msgspec.structs.asdict(tensor)) for tensor in signature.inputs],
-            outputs=[kind(**msgspec.structs.asdict(tensor)) for tensor in signature.outputs],
-        )
+        return protocol.metadata_of(request.name, versions, served)
+
+    async def ModelConfig(self, request: oip.ModelConfigRequest, context: Context) -> Any:
+        served = self.endpoints.served(request.name, request.version)
+        return oip.ModelConfigResponse(config=served.config)
 
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Context) -> Any:
-        return await self.infer(request, context)
+        call, wanted = protocol.call_of(request, self.memory, context)
+        if self.endpoints.served(call.model, call.version).model.decoupled:
+            raise Unsupported(
+                "ModelInfer RPC doesn't support models with decoupled transaction policy: "
+                f"ask '{call.model}' with ModelStreamInfer"
+            )
+        answer = await self.endpoints.infer(call)
+        return protocol.response_of(answer, wanted, self.endpoints)
 
-    async def ModelStreamInfer(
+    def ModelStreamInfer(
         self, request_iterator: AsyncIterator[oip.ModelInferRequest], context: Context
     ) -> AsyncIterator[oip.ModelStreamInferResponse]:
-        """An error is an answer: the stream goes on."""
-        async for request in request_iterator:
-            try:
-                response = await self.infer(request, context)
-            except Refused as error:
-                named = oip.ModelInferResponse(id=request.id, model_name=request.model_name)
-                yield oip.ModelStreamInferResponse(error_message=str(error), infer_response=named)
-            else:
-                yield oip.ModelStreamInferResponse(infer_response=response)
-
-    async def infer(
-        self, request: oip.ModelInferRequest, context: Context
-    ) -> oip.ModelInferResponse:
-        answer = await self.endpoints.infer(call_of(request, context))
-        return response_of(answer, raw=bool(request.raw_input_contents))
+        return Stream(self.endpoints, self.memory, context).answers(request_iterator)
 
     async def ModelStatistics(self, request: oip.ModelStatisticsRequest, context: Context) -> Any:
         found = self.endpoints.versions(request.name, request.version)
-        return oip.ModelStatisticsResponse(model_stats=[statistics_of(one) for one in found])
+        rows = [protocol.statistics_of(one) for one in found]
+        return oip.ModelStatisticsResponse(model_stats=rows)
 
     async def RepositoryIndex(self, request: oip.RepositoryIndexRequest, context: Context) -> Any:
-        rows = self.endpoints.index(request.ready)
+        check_one_repository(request.repository_name)
+        rows = self.repository.index(request.ready)
         kind = oip.RepositoryIndexResponse.ModelIndex
         return oip.RepositoryIndexResponse(
             models=[kind(name=n, version=v, state=s, reason=r) for n, v, s, r in rows]
         )
 
+    async def RepositoryModelLoad(
+        self, request: oip.RepositoryModelLoadRequest, context: Context
+    ) -> Any:
+        check_one_repository(request.repository_name)
+        config, files = protocol.load_of(request.parameters)
+        await self.repository.load(request.model_name, config, files)
+        return oip.RepositoryModelLoadResponse()
 
-def call_of(request: oip.ModelInferRequest, context: Context) -> Call:
-    metadata = dict(context.invocation_metadata() or ())
-    return Call(
-        model=request.model_name,
-        version=request.model_version,
-        id=request.id,
-        given=given_of(request),
-        outputs=[output.name for output in request.outputs],
-        timeout_s=timeout_s(request, context),
-        traceparent=str(metadata.get(TRACE_HEADER, "")),
-    )
+    async def RepositoryModelUnload(
+        self, request: oip.RepositoryModelUnloadRequest, context: Context
+    ) -> Any:
+        """No model depends on another, so `unload_dependents` changes nothing."""
+        check_one_repository(request.repository_name)
+        for name, value in request.parameters.items():
+            if name != UNLOAD_DEPENDENTS:
+                raise Invalid(f"unrecognized unload parameter '{name}': '{UNLOAD_DEPENDENTS}' is")
+            protocol.chosen(name, value, "bool_param")
+        await self.repository.unload(request.model_name)
+        return oip.RepositoryModelUnloadResponse()
 
+    async def SystemSharedMemoryStatus(
+        self, request: oip.SystemSharedMemoryStatusRequest, context: Context
+    ) -> Any:
+        kind = oip.SystemSharedMemoryStatusResponse.RegionStatus
+        found = {
+            one.name: kind(name=one.name, key=one.key, offset=one.offset, byte_size=one.byte_size)
+            for one in self.memory.status(request.name)
+        }
+        return oip.SystemSharedMemoryStatusResponse(regions=found)
 
-def timeout_s(request: oip.ModelInferRequest, context: Context) -> float | None:
-    """The sooner of the call's deadline and the `timeout` parameter, in us, of Triton's clients."""
-    left = [context.time_remaining()]
-    if "timeout" in request.parameters:
-        left.append(request.parameters["timeout"].int64_param / MICROSECONDS)
-    return min((one for one in left if one is not None), default=None)
+    async def SystemSharedMemoryRegister(
+        self, request: oip.SystemSharedMemoryRegisterRequest, context: Context
+    ) -> Any:
+        self.memory.register(request.name, request.key, request.offset, request.byte_size)
+        return oip.SystemSharedMemoryRegisterResponse()
 
+    async def SystemSharedMemoryUnregister(
+        self, request: oip.SystemSharedMemoryUnregisterRequest, context: Context
+    ) -> Any:
+        self.memory.unregister(request.name)
+        return oip.SystemSharedMemoryUnregisterResponse()
 
-def given_of(request: oip.ModelInferRequest) -> list[Given]:
-    raws = request.raw_input_contents
-    if not raws:
-        return [with_values(tensor) for tensor in request.inputs]
-    if len(raws) != len(request.inputs):
+    async def CudaSharedMemoryStatus(
+        self, request: oip.CudaSharedMemoryStatusRequest, context: Context
+    ) -> Any:
+        if request.name:
+            raise NotFound(f"Unable to find cuda shared memory region: '{request.name}'")
+        return oip.CudaSharedMemoryStatusResponse()
+
+    async def CudaSharedMemoryRegister(
+        self, request: oip.CudaSharedMemoryRegisterRequest, context: Context
+    ) -> Any:
         raise Invalid(
-            f"got {len(raws)} buffers for {len(request.inputs)} inputs", "raw_input_contents"
+            f"failed to register CUDA shared memory region: '{request.name}', GPUs not supported"
         )
-    for tensor in request.inputs:
-        if tensor.HasField("contents"):
-            raise Invalid(
-                "contents field must not be specified when using raw_input_contents "
-                f"for '{tensor.name}' for model '{request.model_name}'"
-            )
-    return [
-        Given(tensor.name, tensor.datatype, tensor.shape, raw=raw)
-        for tensor, raw in zip(request.inputs, raws, strict=True)
-    ]
+
+    async def CudaSharedMemoryUnregister(
+        self, request: oip.CudaSharedMemoryUnregisterRequest, context: Context
+    ) -> Any:
+        """There is none, which is what is asked for."""
+        return oip.CudaSharedMemoryUnregisterResponse()
+
+    async def TraceSetting(self, request: oip.TraceSettingRequest, context: Context) -> Any:
+        changes = {name: list(one.value) for name, one in request.settings.items()}
+        found = self.controls.trace(request.model_name, changes)
+        kind = oip.TraceSettingResponse.SettingValue
+        settings = {name: kind(value=values) for name, values in found.items()}
+        return oip.TraceSettingResponse(settings=settings)
+
+    async def LogSettings(self, request: oip.LogSettingsRequest, context: Context) -> Any:
+        changes = {n: protocol.log_value(n, one) for n, one in request.settings.items()}
+        settings = {n: protocol.log_setting(v) for n, v in self.controls.log(changes).items()}
+        return oip.LogSettingsResponse(settings=settings)
 
 
-def with_values(tensor: Any) -> Given:
-    field = CONTENTS.get(tensor.datatype)
-    values = getattr(tensor.contents, field) if field else ()
-    return Given(tensor.name, tensor.datatype, tensor.shape, values=values)
-
-
-def response_of(answer: Answer, raw: bool) -> oip.ModelInferResponse:
-    """Raw when the request was, else typed contents."""
-    response = oip.ModelInferResponse(
-        model_name=answer.model, model_version=str(answer.number), id=answer.id
-    )
-    if answer.traceparent:
-        response.parameters[TRACE_HEADER].string_param = answer.traceparent
-    for tensor, array in answer.outputs:
-        output = response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=array.shape)
-        if raw:
-            response.raw_output_contents.append(tensors.to_raw(tensor.datatype, array))
-        else:
-            values = getattr(output.contents, CONTENTS[tensor.datatype])
-            values.extend(tensors.to_values(tensor.datatype, array))
-    return response
-
-
-def statistics_of(served: Served) -> oip.ModelStatistics:
-    known = served.statistics
-    return oip.ModelStatistics(
-        name=known.labels[0],
-        version=known.labels[1],
-        last_inference=known.last_inference_ms,
-        inference_count=known.inference_count,
-        execution_count=known.execution_count,
-        inference_stats=oip.InferStatistics(
-            success=duration_of(known.success),
-            fail=duration_of(known.fail),
-            queue=duration_of(known.queue),
-            compute_input=duration_of(Duration(known.success.count)),
-            compute_infer=duration_of(known.compute_infer),
-            compute_output=duration_of(Duration(known.success.count)),
-        ),
-        batch_stats=[
-            oip.InferBatchStatistics(batch_size=rows, compute_infer=duration_of(spent))
-            for rows, spent in sorted(known.batches.items())
-        ],
-    )
-
-
-def duration_of(spent: Duration) -> oip.StatisticDuration:
-    return oip.StatisticDuration(count=spent.count, ns=spent.ns)
+def check_one_repository(name: str) -> None:
+    if name:
+        raise Unsupported("'repository_name' specification is not supported: there is one")
 
 
 class Inference(inference_pb2_grpc.InferenceServicer):

@@ -1,0 +1,117 @@
+"""Trace and log settings that clients read and change, under Triton's names and with effect.
+
+Traces: how many requests this server traces by itself; those whose callers trace are always
+traced. Logs: which lines this process writes.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from libs.doors import Invalid
+from services.inference.endpoints import Endpoints
+from services.inference.served import Rates
+
+OFF, TIMESTAMPS = "OFF", "TIMESTAMPS"
+RATE_MAX = (1 << 32) - 1
+FIXED = {"trace_count": "-1", "log_frequency": "0", "trace_file": "", "trace_mode": "opentelemetry"}
+"""Spans go where the process's settings say, as many as come."""
+SILENT = logging.CRITICAL + 1
+LEVELS = {
+    "log_info": logging.INFO,
+    "log_warning": logging.WARNING,
+    "log_error": logging.ERROR,
+}
+LOG_FIXED = {"log_file": "", "log_format": "default"}
+Settings = dict[str, list[str]]
+
+
+class Controls:
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.endpoints = endpoints
+        self.rates = endpoints.notes.rates
+        self.changed: dict[str, Settings] = {"": {}}
+        """Model -> what was set for it; "" for every model."""
+        endpoints.rates_of = self.rates_of
+        self.log_settings = log_settings_at(logging.getLogger().level)
+
+    def trace(self, model: str, changes: Mapping[str, Sequence[str]]) -> Settings:
+        """The settings of a model, or of all for "", after the changes: no value takes one back.
+
+        Raises `Refused`.
+        """
+        name = self.endpoints.find(model).name if model else ""
+        for setting, values in changes.items():
+            check(setting, values)
+        if changes:
+            kept = self.changed.get(name, {}) | {n: list(v) for n, v in changes.items() if v}
+            self.changed[name] = {n: v for n, v in kept.items() if changes.get(n) != []}
+            for served in self.endpoints.versions("", ""):
+                served.sample(self.rates_of(served.name))
+        return self.settings(name)
+
+    def settings(self, name: str) -> Settings:
+        level = TIMESTAMPS if self.rates.traces_per_s else OFF
+        known: Settings = {"trace_level": [level], "trace_rate": ["1"]}
+        fixed = {setting: [value] for setting, value in FIXED.items()}
+        return fixed | known | self.changed[""] | self.changed.get(name, {})
+
+    def rates_of(self, name: str) -> Rates:
+        """Of the requests that would be traced anyhow, one of `trace_rate`."""
+        said = self.settings(name)
+        rate = int(said["trace_rate"][0])
+        off = said["trace_level"] == [OFF]
+        return self.rates._replace(traces_per_s=0 if off else self.rates.traces_per_s / rate)
+
+    def log(self, changes: Mapping[str, bool | int | str]) -> dict[str, bool | int | str]:
+        """The settings after the changes. Raises `Invalid`."""
+        for name, value in changes.items():
+            check_log(name, value)
+        if changes:
+            self.log_settings |= changes
+            logging.getLogger().setLevel(level_of(self.log_settings))
+        return dict(self.log_settings)
+
+
+def check(setting: str, values: Sequence[str]) -> None:
+    if setting in FIXED:
+        if list(values) not in ([], [FIXED[setting]]):
+            raise Invalid(f"{setting} is {FIXED[setting]!r} here and cannot be changed", setting)
+    elif setting == "trace_level":
+        if list(values) not in ([], [OFF], [TIMESTAMPS]):
+            raise Invalid(f"{OFF} or {TIMESTAMPS}, got {', '.join(values)}", setting)
+    elif setting == "trace_rate":
+        if values and (len(values) > 1 or not is_rate(values[0])):
+            raise Invalid(f"one whole number from 1 to {RATE_MAX}, got {list(values)}", setting)
+    else:
+        raise Invalid(f"unknown trace setting: '{setting}'")
+
+
+def is_rate(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 1 <= int(text[:11]) <= RATE_MAX
+
+
+def check_log(name: str, value: bool | int | str) -> None:
+    if name in LOG_FIXED:
+        if value != LOG_FIXED[name]:
+            raise Invalid(f"{name} cannot be updated through the protocol", name)
+    elif name in LEVELS:
+        if not isinstance(value, bool):
+            raise Invalid(f"expects a boolean, got {value!r}", name)
+    elif name == "log_verbose_level":
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise Invalid(f"expects an unsigned integer, got {value!r}", name)
+    else:
+        raise Invalid(f"unknown log setting: '{name}'")
+
+
+def log_settings_at(level: int) -> dict[str, bool | int | str]:
+    """How a level is said in these words."""
+    found: dict[str, bool | int | str] = {n: level <= own for n, own in LEVELS.items()}
+    return found | LOG_FIXED | {"log_verbose_level": int(level <= logging.DEBUG)}
+
+
+def level_of(settings: Mapping[str, bool | int | str]) -> int:
+    """The lowest that is on. One process has one level: a lower one brings those above it."""
+    if settings["log_verbose_level"]:
+        return logging.DEBUG
+    return min((level for name, level in LEVELS.items() if settings[name]), default=SILENT)

@@ -1,0 +1,120 @@
+"""ModelStreamInfer: requests run at the same time, and their answers go back as the protocol says.
+
+A model with one answer a request answers in the order of the requests; a decoupled one whenever it
+has something. An error is an answer: the stream goes on.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from libs.contracts.protos import open_inference_pb2 as oip
+from libs.doors import Refused
+from libs.doors.serve import cancelled
+from services.inference import protocol
+from services.inference.calls import Answer, Call
+from services.inference.endpoints import Endpoints
+from services.inference.protocol import FINAL, Wanted
+from services.inference.sharedmemory import SharedMemory
+
+PENDING_MAX = 64
+"""Of one stream: requests that are not answered, and answers that are not sent."""
+
+
+class Stream:
+    """Of one client."""
+
+    def __init__(self, endpoints: Endpoints, memory: SharedMemory, context: object) -> None:
+        self.endpoints = endpoints
+        self.memory = memory
+        self.context = context
+        self.out: asyncio.Queue[oip.ModelStreamInferResponse | None] = asyncio.Queue()
+        self.unsent = asyncio.Semaphore(PENDING_MAX)
+        self.unanswered = asyncio.Semaphore(PENDING_MAX)
+        self.answering: set[asyncio.Task[None]] = set()
+
+    async def answers(
+        self, requests: AsyncIterator[oip.ModelInferRequest]
+    ) -> AsyncIterator[oip.ModelStreamInferResponse]:
+        reading = asyncio.create_task(self.read(requests))
+        reading.add_done_callback(lambda _: self.out.put_nowait(None))
+        try:
+            while (response := await self.out.get()) is not None:
+                yield response
+                self.unsent.release()
+            await reading
+        finally:
+            await cancelled([reading, *self.answering])
+
+    async def read(self, requests: AsyncIterator[oip.ModelInferRequest]) -> None:
+        """Until the client has sent its last request and everything is answered."""
+        before: asyncio.Task[None] | None = None
+        async for request in requests:
+            await self.unanswered.acquire()
+            if self.is_decoupled(request):
+                task = asyncio.create_task(self.answer_freely(request))
+            else:
+                task = before = asyncio.create_task(self.answer_in_order(request, before))
+            self.answering.add(task)
+            task.add_done_callback(self.answered)
+        while self.answering:
+            await asyncio.gather(*self.answering)
+
+    def answered(self, task: asyncio.Task[None]) -> None:
+        self.answering.discard(task)
+        self.unanswered.release()
+
+    def is_decoupled(self, request: oip.ModelInferRequest) -> bool:
+        try:
+            served = self.endpoints.served(request.model_name, request.model_version)
+        except Refused:
+            return False
+        return served.model.decoupled
+
+    async def answer_in_order(
+        self, request: oip.ModelInferRequest, before: asyncio.Task[None] | None
+    ) -> None:
+        response = await self.only_answer(request)
+        if before is not None:
+            await asyncio.wait([before])
+        await self.put(response)
+
+    async def only_answer(self, request: oip.ModelInferRequest) -> oip.ModelStreamInferResponse:
+        try:
+            call, wanted = protocol.call_of(request, self.memory, self.context)
+            answer = await self.endpoints.infer(call)
+            return self.response(answer, wanted, final=True)
+        except Refused as error:
+            return failed(request, error)
+
+    async def answer_freely(self, request: oip.ModelInferRequest) -> None:
+        try:
+            call, wanted = protocol.call_of(request, self.memory, self.context)
+            async for answer in self.endpoints.stream(call):
+                await self.put(self.response(answer, wanted, final=False))
+            if wanted.empty_final:
+                await self.put(self.last(call))
+        except Refused as error:
+            await self.put(failed(request, error))
+
+    def response(self, answer: Answer, wanted: Wanted, final: bool) -> oip.ModelStreamInferResponse:
+        response = protocol.response_of(answer, wanted, self.endpoints)
+        response.parameters[FINAL].bool_param = final
+        return oip.ModelStreamInferResponse(infer_response=response)
+
+    def last(self, call: Call) -> oip.ModelStreamInferResponse:
+        """Says that there is nothing more to this request."""
+        version = call.version or self.endpoints.served(call.model, "").version
+        response = oip.ModelInferResponse(model_name=call.model, model_version=version, id=call.id)
+        response.parameters[FINAL].bool_param = True
+        return oip.ModelStreamInferResponse(infer_response=response)
+
+    async def put(self, response: oip.ModelStreamInferResponse) -> None:
+        await self.unsent.acquire()
+        self.out.put_nowait(response)
+
+
+def failed(request: oip.ModelInferRequest, error: Refused) -> oip.ModelStreamInferResponse:
+    """With the request's id, by which a client knows what failed."""
+    named = oip.ModelInferResponse(id=request.id, model_name=request.model_name)
+    named.parameters[FINAL].bool_param = True
+    return oip.ModelStreamInferResponse(error_message=str(error), infer_response=named)
