@@ -35,6 +35,7 @@ class Version(NamedTuple):
 class Plan(NamedTuple):
     """What a model's files ask for."""
 
+    name: str
     config: ModelConfig
     """As written; a graph's tensors may be missing."""
     backend: str
@@ -110,8 +111,9 @@ def read(found: Found, override: ModelConfig | None = None) -> Plan:
         if found.place.name == mlserver.FILE:
             return read_settings(found, override)
         config = override or ModelConfig()
+        versions = [Version(1, found.place)]
         return Plan(
-            named(config, found), modelconfig.ONNX, [Version(1, found.place)], found.place.parent
+            found.name, named(config, found), modelconfig.ONNX, versions, found.place.parent
         )
     except OSError as error:
         raise Misconfigured(f"{error.filename}: {error.strerror}") from error
@@ -129,7 +131,7 @@ def read_folder(found: Found, override: ModelConfig | None) -> Plan:
     for version in versions:
         if not version.file.is_file():
             raise Misconfigured(f"{version.file}: there is no such file")
-    return Plan(named(config, found), backend, versions, found.place)
+    return Plan(found.name, named(config, found), backend, versions, found.place)
 
 
 def written(path: Path) -> ModelConfig:
@@ -146,7 +148,7 @@ def read_settings(found: Found, override: ModelConfig | None) -> Plan:
     config = override or mlserver.config_of(settings)
     version = Version(mlserver.number_of(settings), mlserver.graph_of(settings, found.place))
     folder = found.place.parent
-    return Plan(named(config, found), modelconfig.ONNX, [version], folder, settings)
+    return Plan(found.name, named(config, found), modelconfig.ONNX, [version], folder, settings)
 
 
 def named(config: ModelConfig, found: Found) -> ModelConfig:
@@ -165,6 +167,10 @@ def versions_in(folder: Path) -> dict[int, Path]:
         and not path.name.startswith("0")
         and path.is_dir()
     }
+
+
+def numbers_of(found: Found) -> set[int]:
+    return set(versions_in(found.place)) if found.place.is_dir() else set()
 
 
 def labels_of(config: ModelConfig, folder: Path) -> dict[str, list[str]]:

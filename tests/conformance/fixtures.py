@@ -4,7 +4,7 @@ Names, tensors and what they compute are what those clients expect; graphs and c
 made here. The image models are small stand-ins of the same signature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,24 @@ def running_value_and_id() -> bytes:
     return graph(inputs, {"OUTPUT": row}, nodes)
 
 
+def running_sum() -> bytes:
+    """OUTPUT = the sum of a sequence's values so far; its last answer has the correlation id
+    added, which is a number written out."""
+    node = helper.make_node
+    nodes = [
+        node("Sub", ["one", "START"], ["goes_on"]),
+        node("Mul", ["before", "goes_on"], ["kept"]),
+        node("Add", ["INPUT", "kept"], ["after"]),
+        node("Cast", ["CORRID"], ["id"], to=TensorProto.INT32),
+        node("Mul", ["END", "id"], ["last"]),
+        node("Add", ["after", "last"], ["OUTPUT"]),
+    ]
+    rows = dict.fromkeys(("INPUT", "START", "END", "before"), ROW)
+    inputs: Named = {**rows, "CORRID": (TensorProto.STRING, ["rows", 1])}
+    one = np.ones((1, 1), np.int32)
+    return graph(inputs, {"OUTPUT": ROW, "after": ROW}, nodes, one=one)
+
+
 def classifier(name: str, output: str, shape: Sequence[int], axes: Sequence[int], n: int) -> bytes:
     """Colour means of the image, a fixed matrix, softmax."""
     node = helper.make_node
@@ -91,14 +109,16 @@ def tensors(kind: str, datatype: str, dims: Sequence[int], *names: str, more: st
     return "\n".join(f'{kind} {{ name: "{name}" {each} }}' for name in names)
 
 
-def control(name: str, kind: str) -> str:
-    said = "data_type: TYPE_UINT64" if kind == "CORRID" else "int32_false_true: [0, 1]"
-    kind = f"CONTROL_SEQUENCE_{kind}"
+def control(name: str, id_type: str = "UINT64") -> str:
+    """`name` is the last word of its kind, too."""
+    said = f"data_type: TYPE_{id_type}" if name == "CORRID" else "int32_false_true: [0, 1]"
+    kind = f"CONTROL_SEQUENCE_{name}"
     return f'control_input {{ name: "{name}" control {{ kind: {kind} {said} }} }}'
 
 
 def config(name: str, rows_max: int, *parts: str, platform: str = "onnxruntime_onnx") -> str:
-    head = f'name: "{name}"\nplatform: "{platform}"\nmax_batch_size: {rows_max}'
+    kind = "backend" if platform == "python" else "platform"
+    head = f'name: "{name}"\n{kind}: "{platform}"\nmax_batch_size: {rows_max}'
     return "\n".join((head, *parts)) + "\n"
 
 
@@ -143,18 +163,25 @@ def put_sequence(root: Path, name: str, graph: bytes, scheduling: str) -> None:
 
 
 def simple_sequence(root: Path) -> None:
-    controls = "\n".join(control(name, name) for name in ("START", "READY"))
+    controls = "\n".join(control(name) for name in ("START", "READY"))
     put_sequence(root, "simple_sequence", running_value(), controls)
 
 
 def simple_dyna_sequence(root: Path) -> None:
-    controls = "\n".join(control(name, name) for name in ("START", "END", "READY", "CORRID"))
+    controls = "\n".join(control(name) for name in ("START", "END", "READY", "CORRID"))
     scheduling = (
         "max_sequence_idle_microseconds: 10000000\n"
         "oldest { max_candidate_sequences: 1024 max_queue_delay_microseconds: 10000 }\n"
     )
     graph = running_value_and_id()
     put_sequence(root, "simple_dyna_sequence", graph, scheduling + controls)
+
+
+def simple_string_dyna_sequence(root: Path) -> None:
+    controls = "\n".join(control(name, "STRING") for name in ("START", "END", "CORRID"))
+    names = 'input_name: "before" output_name: "after"'
+    state = f"state {{ {names} data_type: TYPE_INT32 dims: [1] }}\n"
+    put_sequence(root, "simple_string_dyna_sequence", running_sum(), state + controls)
 
 
 def densenet_onnx(root: Path) -> None:
@@ -178,3 +205,78 @@ def inception_onnx(root: Path) -> None:
     graph = classifier("input", output, [299, 299, 3], [1, 2], INCEPTION_CLASSES)
     folder = put(root / "inception_onnx", config("inception_onnx", 128, *parts), graph)
     (folder / "labels.txt").write_text(labels(INCEPTION_CLASSES))
+
+
+REPEAT = '''"""Answers a request once for each value of IN, the given milliseconds apart."""
+
+import time
+
+import numpy
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            values, delays_ms, wait_ms = (
+                pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+                for name in ("IN", "DELAY", "WAIT")
+            )
+            for index, (value, delay_ms) in enumerate(zip(values, delays_ms)):
+                time.sleep(delay_ms / 1000)
+                outputs = [
+                    pb_utils.Tensor("OUT", value.reshape(1)),
+                    pb_utils.Tensor("IDX", numpy.array([index], "uint32")),
+                ]
+                sender.send(pb_utils.InferenceResponse(outputs))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            time.sleep(wait_ms.item() / 1000)
+        return None
+'''
+
+
+def simple_identity(root: Path) -> None:
+    """Texts, with what they hold of NULs."""
+    texts: Element = (TensorProto.STRING, ["rows", "texts"])
+    nodes = [helper.make_node("Identity", ["INPUT0"], ["OUTPUT0"])]
+    parts = (
+        tensors("input", "STRING", [-1], "INPUT0"),
+        tensors("output", "STRING", [-1], "OUTPUT0"),
+    )
+    made = graph({"INPUT0": texts}, {"OUTPUT0": texts}, nodes)
+    put(root / "simple_identity", config("simple_identity", 8, *parts), made)
+
+
+def repeat_int32(root: Path) -> None:
+    parts = (
+        "model_transaction_policy { decoupled: true }",
+        tensors("input", "INT32", [-1], "IN"),
+        tensors("input", "UINT32", [-1], "DELAY"),
+        tensors("input", "UINT32", [1], "WAIT"),
+        tensors("output", "INT32", [1], "OUT"),
+        tensors("output", "UINT32", [1], "IDX"),
+    )
+    configuration = config("repeat_int32", 0, *parts, platform="python")
+    put(root / "repeat_int32", configuration, REPEAT.encode(), "model.py")
+
+
+MODELS = (
+    simple,
+    simple_identity,
+    simple_int8,
+    simple_sequence,
+    simple_dyna_sequence,
+    simple_string,
+    simple_string_dyna_sequence,
+    densenet_onnx,
+    inception_onnx,
+    repeat_int32,
+)
+NAMES = tuple(model.__name__ for model in MODELS)
+
+
+def write(root: Path, names: Collection[str] = NAMES) -> None:
+    for model in MODELS:
+        if model.__name__ in names:
+            model(root)

@@ -18,8 +18,10 @@ from rich.text import Text
 from leptonic import compose, fashion, launch, replicas, show, stackfile, story
 from leptonic import demo as digits
 from leptonic import doctor as machine
+from leptonic import serve as serving
 from leptonic.client import MODEL_SCHEME, Client, model_reference
 from leptonic.errors import Error
+from leptonic.jsonargument import parsed
 
 WATCH_S = 0.5
 FOLLOW_S = 0.3
@@ -278,18 +280,6 @@ def predict(session: Session, model: str, rows: str, id: str) -> None:
     session.answer(answer, show.table(title, columns, short))
 
 
-def parsed(text: str) -> Any:
-    """JSON given as such, in @FILE, or on stdin."""
-    try:
-        if text == "-":
-            return json.load(sys.stdin)
-        return json.loads(Path(text[1:]).read_bytes() if text.startswith("@") else text)
-    except OSError as error:
-        raise click.BadParameter(f"{text[1:]}: {error.strerror}") from error
-    except ValueError as error:
-        raise click.BadParameter(f"not JSON: {error}") from error
-
-
 @verb
 @click.argument("model")
 @click.argument("request_id")
@@ -384,6 +374,17 @@ def bench(session: Session) -> None:
         raise Error(f"the benchmark ended with {done.returncode}")
     if session.as_json:
         click.echo((root / "bench" / "results.json").read_text(), nl=False)
+
+
+@verb
+@click.argument("path", type=click.Path(path_type=Path))
+@serving.options
+def serve(session: Session, path: Path, **options: Any) -> None:
+    """Serve the models of PATH alone: no stack, no events, no database.
+
+    PATH is a Triton model repository, a folder with MLServer's settings, or ONNX files.
+    """
+    serving.in_foreground(path, options)
 
 
 @verb

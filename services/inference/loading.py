@@ -1,0 +1,169 @@
+"""A version of a model repository, loaded: its model, its full configuration, its limits."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from google.protobuf import json_format
+
+from libs.contracts.artifacts import Signature, Tensor
+from libs.contracts.pipeline import Batching
+from libs.contracts.protos.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
+from services.inference import layout, mlserver, modelconfig, models
+from services.inference.isolated import Isolated
+from services.inference.layout import Plan, Version
+from services.inference.models import Model, OnnxModel
+from services.inference.tensors import Array, Arrays
+from services.inference.worker import Spec
+
+
+class Built(NamedTuple):
+    """A version in memory, not served yet."""
+
+    version: str
+    model: Model
+    config: ModelConfig
+    """With everything that the graph or the settings told."""
+    limits: Batching
+
+
+def build(plan: Plan, version: Version) -> Built:
+    """Raises `Misconfigured`, `Unloadable`."""
+    build_one = build_python if plan.backend == modelconfig.PYTHON else build_onnx
+    model, config = build_one(plan, version)
+    if not config.backend:
+        config.backend = plan.backend
+    if not config.platform and plan.backend != modelconfig.PYTHON:
+        config.platform = modelconfig.PLATFORMS[plan.backend]
+    if not config.default_model_filename:
+        config.default_model_filename = version.file.name
+    return Built(str(version.number), model, config, modelconfig.batching_of(config))
+
+
+def build_onnx(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
+    """A graph whose tensors are all listed is warmed up with the sizes that are listed."""
+    listed = bool(plan.config.input and plan.config.output)
+    listed = listed and not plan.config.HasField("sequence_batching")
+    model = OnnxModel(
+        plan.name,
+        digest_of(version.file),
+        version.file,
+        batched=False,
+        signature=graph_signature(plan.config) if listed else None,
+    )
+    graph = models.signature_of(plan.name, model.session)
+    config = modelconfig.completed(plan.config, graph)
+    modelconfig.check(config, plan.name)
+    if plan.promised is not None:
+        mlserver.check(plan.promised, graph)
+    model.labels = layout.labels_of(config, plan.folder)
+    model.batched = config.max_batch_size > 0
+    model.signature = with_hidden(graph_signature(config), graph)
+    model.outputs = [tensor.name for tensor in model.signature.outputs]
+    return reshaped(model, config), config
+
+
+def build_python(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
+    """In a process of its own: it is somebody's code."""
+    config = ModelConfig()
+    config.CopyFrom(plan.config)
+    config.default_model_filename = version.file.name
+    modelconfig.check(config, plan.name)
+    spec = Spec(
+        name=config.name,
+        version=str(version.number),
+        kind="python",
+        file=str(version.file.resolve()),
+        folder=str(plan.folder.resolve()),
+        config=json_format.MessageToJson(config, preserving_proto_field_name=True),
+        outputs=[one.name for one in config.output],
+        batched=config.max_batch_size > 0,
+    )
+    model = Isolated(
+        spec,
+        digest_of(version.file),
+        signature=modelconfig.signature_of(config),
+        decoupled=config.model_transaction_policy.decoupled,
+        labels=layout.labels_of(config, plan.folder),
+    )
+    return model, config
+
+
+def graph_signature(config: ModelConfig) -> Signature:
+    """What the graph takes and gives, where that differs from what clients see."""
+    known = modelconfig.signature_of(config)
+    rows = [-1] if config.max_batch_size else []
+
+    def inner(said: ModelInput | ModelOutput, tensor: Tensor) -> Tensor:
+        if not said.HasField("reshape"):
+            return tensor
+        return Tensor(tensor.name, tensor.datatype, rows + list(said.reshape.shape))
+
+    return Signature(
+        [inner(s, t) for s, t in zip(config.input, known.inputs, strict=True)],
+        [inner(s, t) for s, t in zip(config.output, known.outputs, strict=True)],
+    )
+
+
+def with_hidden(listed: Signature, graph: Signature) -> Signature:
+    """And what only the server sends and gets: a sequence's controls and states."""
+    inputs, outputs = (
+        [*known, *(t for t in own if t.name not in {one.name for one in known})]
+        for known, own in ((listed.inputs, graph.inputs), (listed.outputs, graph.outputs))
+    )
+    return Signature(inputs, outputs)
+
+
+def digest_of(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def reshaped(model: Model, config: ModelConfig) -> Model:
+    """As clients see it, where the configuration reshapes any tensor."""
+    if any(one.HasField("reshape") for one in described(config)):
+        return Reshaped(model, config)
+    return model
+
+
+def described(config: ModelConfig) -> Iterator[ModelInput | ModelOutput]:
+    yield from config.input
+    yield from config.output
+
+
+class Reshaped:
+    """A model behind tensors of other shapes, as `reshape` says: the rows stay as they are."""
+
+    def __init__(self, model: Model, config: ModelConfig) -> None:
+        self.model = model
+        self.digest = model.digest
+        self.batched = model.batched
+        self.decoupled = model.decoupled
+        self.platform = model.platform
+        self.labels = model.labels
+        self.signature = modelconfig.signature_of(config)
+        self.inner = {
+            one.name: list(one.reshape.shape) for one in config.input if one.HasField("reshape")
+        }
+        self.outer = {one.name: list(one.dims) for one in config.output if one.HasField("reshape")}
+
+    def run(self, inputs: Arrays) -> Arrays:
+        outputs = self.model.run(self.to(self.inner, inputs))
+        return self.to(self.outer, outputs)
+
+    def stream(self, inputs: Arrays) -> Iterator[Arrays]:
+        for outputs in self.model.stream(self.to(self.inner, inputs)):
+            yield self.to(self.outer, outputs)
+
+    def to(self, shapes: dict[str, list[int]], arrays: Arrays) -> Arrays:
+        return {
+            name: self.shaped(array, shapes[name]) if name in shapes else array
+            for name, array in arrays.items()
+        }
+
+    def shaped(self, array: Array, shape: list[int]) -> Array:
+        return array.reshape([len(array), *shape] if self.batched else shape)
+
+    def close(self) -> None:
+        self.model.close()

@@ -1,0 +1,196 @@
+"""Clients that nobody here wrote, against `leptonic serve` on the fixture models.
+
+`make conformance` prints how many of each pass and ends with 1 when one does not. The example
+scripts of tritonclient are taken as they are from a checkout of the client repository, which
+TRITON_EXAMPLES names; without it they are not run, and said not to be.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from stack import ports
+from tests.conformance import fixtures
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ROOT / ".peers"
+LEPTONIC = str(Path(sys.executable).with_name("leptonic"))
+UV = ROOT / ".uv" / "bin" / "uv"
+FOLDER_VARIABLE = "TRITON_EXAMPLES"
+BELOW = Path("src/python/examples")
+"""Where a checkout has them."""
+READY_S = 60.0
+SCRIPT_S = 120.0
+SERVER_NAME = "triton"
+"""Two of the examples ask for it."""
+GRPC = (
+    "async_infer_client", "custom_args_client", "custom_repeat", "health_metadata", "infer_client",
+    "keepalive_client", "model_control", "sequence_stream_infer_client",
+    "sequence_sync_infer_client", "shm_client", "shm_string_client", "string_infer_client",
+    "aio_infer_client", "aio_sequence_stream_infer_client",
+)  # fmt: skip
+HTTP = (
+    "async_infer_client", "health_metadata", "infer_client", "model_control",
+    "sequence_sync_infer_client", "shm_client", "shm_string_client", "string_infer_client",
+    "aio_infer_client",
+)  # fmt: skip
+REUSE = "reuse_infer_objects_client"
+EXAMPLES = (*(f"simple_grpc_{n}" for n in GRPC), *(f"simple_http_{n}" for n in HTTP), REUSE)
+CONTROL = "model_control"
+COUNTED = re.compile(r"get_model_repository_index\(\)(?:\.models)?\) != (\d+)")
+"""How many models a control example expects to find."""
+
+
+class Server(NamedTuple):
+    http: str
+    grpc: str
+
+
+class Told(NamedTuple):
+    """What came of one client: passed of all, and the last words of what failed."""
+
+    client: str
+    passed: int
+    of: int
+    failures: Sequence[str] = ()
+
+
+@contextlib.contextmanager
+def serving(root: Path, *options: str) -> Iterator[Server]:
+    """`leptonic serve` on free ports, until the block ends. Raises `RuntimeError`."""
+    http, grpc, metrics = ports.free(3)
+    line = [LEPTONIC, "serve", str(root), "--server-name", SERVER_NAME]
+    line += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+    with tempfile.TemporaryFile("w+") as words:
+        process = subprocess.Popen([*line, *options], stdout=words, stderr=words, cwd=ROOT)
+        try:
+            wait_ready(process, http)
+            yield Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+        except RuntimeError as error:
+            words.seek(0)
+            raise RuntimeError(f"{error}:\n{words.read()}") from error
+        finally:
+            process.terminate()
+            process.wait(READY_S)
+
+
+def wait_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
+    deadline = time.monotonic() + READY_S
+    url = f"http://127.0.0.1:{port}/v2/health/ready"
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.returncode}")
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"the server was not ready within {READY_S:.0f} s")
+
+
+def environment(name: str, *packages: str) -> Path:
+    """A Python of its own with these packages, newest; made once."""
+    folder = ENVIRONMENTS / name
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"installing {', '.join(packages)}", flush=True)
+        subprocess.run([UV, "venv", "-q", folder], check=True)
+        subprocess.run([UV, "pip", "install", "-q", "-p", folder, *packages], check=True)
+    return python
+
+
+def scripts_of(said: str) -> Path:
+    folder = Path(said).expanduser()
+    return folder / BELOW if (folder / BELOW).is_dir() else folder
+
+
+def runs_of(name: str, server: Server) -> list[list[str]]:
+    """The options of each run of an example."""
+    if name == REUSE:
+        return [["-i", "HTTP", "-u", server.http], ["-i", "gRPC", "-u", server.grpc]]
+    url = ["-u", server.grpc if "_grpc_" in name else server.http]
+    if "_sequence_" in name:
+        return [url, [*url, "--dyna"]]
+    return [url]
+
+
+def run(python: Path, script: Path, options: Sequence[str]) -> str:
+    """ "" when it passed, else what it said last."""
+    try:
+        done = subprocess.run(
+            [python, script, *options], capture_output=True, text=True, timeout=SCRIPT_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"not over within {SCRIPT_S:.0f} s"
+    if done.returncode == 0:
+        return ""
+    words = (done.stdout + done.stderr).strip().splitlines()
+    return f"exit code {done.returncode}: " + " | ".join(words[-3:])
+
+
+def examples(python: Path, folder: Path, root: Path) -> Told:
+    """The public examples, each against a fresh enough server: those that control models need a
+    repository of the size they count."""
+    failures = [f"{name}: it is not in {folder}" for name in EXAMPLES if not path_of(folder, name)]
+    there = [name for name in EXAMPLES if path_of(folder, name)]
+    with serving(root) as server:
+        for name in (one for one in there if CONTROL not in one):
+            failures += tried(python, folder, name, server)
+    for name in (one for one in there if CONTROL in one):
+        failures += controlled(python, folder, name)
+    failed = {failure.split(":")[0] for failure in failures}
+    return Told("tritonclient examples", len(EXAMPLES) - len(failed), len(EXAMPLES), failures)
+
+
+def path_of(folder: Path, name: str) -> Path | None:
+    path = folder / f"{name}.py"
+    return path if path.is_file() else None
+
+
+def tried(python: Path, folder: Path, name: str, server: Server) -> list[str]:
+    problems = [run(python, folder / f"{name}.py", one) for one in runs_of(name, server)]
+    return [f"{name}: {problem}" for problem in problems if problem]
+
+
+def controlled(python: Path, folder: Path, name: str) -> list[str]:
+    found = COUNTED.search((folder / f"{name}.py").read_text())
+    count = int(found[1]) if found else len(fixtures.MODELS)
+    with tempfile.TemporaryDirectory(prefix="leptonic-conformance-") as root:
+        fixtures.write(Path(root), fixtures.NAMES[:count])
+        with serving(Path(root), "--model-control-mode", "explicit") as server:
+            return tried(python, folder, name, server)
+
+
+def tell(one: Told) -> bool:
+    """Whether all passed."""
+    print(f"{one.client}: {one.passed} passed of {one.of}", flush=True)
+    for failure in one.failures:
+        print(f"  {failure}", flush=True)
+    return one.passed == one.of
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="leptonic-conformance-") as folder:
+        root = Path(folder)
+        fixtures.write(root)
+        fine = True
+        if said := os.environ.get(FOLDER_VARIABLE):
+            python = environment("tritonclient", "tritonclient[grpc,http]")
+            fine &= tell(examples(python, scripts_of(said), root))
+        else:
+            print(
+                f"tritonclient examples: not run, {FOLDER_VARIABLE} names no checkout of "
+                "github.com/triton-inference-server/client"
+            )
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
