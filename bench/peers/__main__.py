@@ -4,6 +4,7 @@ ONLY=triton-cpp,ours SECONDS=2 RUNS=5 MODELS=mlp select; a run that was stopped 
 (AGAIN=1 starts anew). What is measured is in `rounds`, who is in `peers`.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,9 +63,12 @@ def commit() -> str:
 
 
 def begun(plan: Plan, again: bool) -> Run:
-    if STATE.exists() and not again:
+    """Where the same run was stopped, what failed once more; anew when the plan or the shape of a
+    record is another."""
+    with contextlib.suppress(FileNotFoundError, msgspec.ValidationError):
         run = msgspec.json.decode(STATE.read_bytes(), type=Run)
-        if run.plan == plan:
+        if run.plan == plan and not again:
+            run.records = [one for one in run.records if not one.failed]
             return run
     return Run(plan, [], os.getloadavg()[0])
 
@@ -72,16 +76,16 @@ def begun(plan: Plan, again: bool) -> Run:
 def work(run: Run, where: Arrangement) -> Iterator[Record]:
     """What is not measured yet, round by round: a slow minute hurts every server alike."""
     done = {(one.round, one.server, tuple(one.names)) for one in run.records}
-    hopeless = {one.server for one in run.records if one.failed}
+    hopeless: set[tuple[str, tuple[str, ...]]] = set()
     models = run.plan.models
     for number in range(run.plan.runs):
         for peer in selected(run.plan.only):
             for names in turns(peer, models):
-                if (number, peer.name, names) not in done and peer.name not in hopeless:
+                if (number, peer.name, names) not in done and (peer.name, names) not in hopeless:
                     record = turn(number, peer, names, where)
-                    hopeless |= {peer.name} if record.failed else set()
+                    hopeless |= {(peer.name, names)} if record.failed else set()
                     yield record
-            if peer.name == table.OURS and peer.name not in hopeless:
+            if peer.name == table.OURS and not hopeless & {(peer.name, tuple(models))}:
                 for label, names, cores in special(models, where):
                     if (number, label, names) not in done:
                         yield turn(number, peer, names, cores, label)
@@ -161,6 +165,7 @@ def main() -> None:
         told = record.failed or ", ".join(f"{c} {r:,.0f}" for c, r in record.rates.items())
         print(f"round {record.round + 1}, {record.server}: {told}", flush=True)
     publish(run)
+    STATE.unlink()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 
 CONNECTIONS = 8
 WARM_UP_S = 0.3
+STUCK_S = 60.0
 SHARE_OF_BYTES_MIN = 0.98
 """gRPC answers an error with status 200 and no message: then bytes are missing."""
 
@@ -43,38 +44,48 @@ def connections(concurrency: int, http1: bool) -> tuple[int, int]:
     return CONNECTIONS, concurrency // CONNECTIONS
 
 
-def command_of(target: Target, concurrency: int, seconds: float) -> list[str]:
-    clients, streams = connections(concurrency, target.http1)
-    command = ["h2load", "-c", str(clients), "-m", str(streams), "-d", str(target.body)]
-    command += ["-D", f"{round(seconds * 1000)}ms", f"--warm-up-time={round(WARM_UP_S * 1000)}ms"]
-    command += ["--h1"] if target.http1 else []
-    for header in target.headers:
-        command += ["-H", header]
-    return [*command, target.url]
+def warm_up(target: Target, concurrency: int, cores: Sequence[int]) -> None:
+    """On its own: h2load's warm-up counts the bytes that came in it, and not the answers."""
+    command(target, concurrency, WARM_UP_S, cores)
 
 
 def run(target: Target, concurrency: int, seconds: float, cores: Sequence[int]) -> Load:
-    return measured(command_of(target, concurrency, seconds), target, cores)
+    """Raises `Spoiled`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    printed = command(target, concurrency, seconds, cores)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Load(rate_of(printed, target), spent / seconds)
 
 
 def run_logged(target: Target, concurrency: int, seconds: float, cores: Sequence[int]) -> Load:
-    """With p50 and p99; writing the log costs the client, so rates are taken without."""
+    """With p50 and p99; writing the log costs the client, so other rates are taken without.
+
+    Raises `Spoiled`.
+    """
     log = target.body.with_suffix(".log")
     log.unlink(missing_ok=True)
-    command = command_of(target, concurrency, seconds)
-    load = measured([*command[:-1], f"--log-file={log}", command[-1]], target, cores)
+    printed = command(target, concurrency, seconds, cores, f"--log-file={log}")
+    rate = rate_of(printed, target)
     times = np.loadtxt(log, usecols=2, ndmin=1)
-    return load._replace(p50_us=float(np.median(times)), p99_us=float(np.percentile(times, 99)))
+    p50, p99 = np.percentile(times, (50, 99))
+    return Load(rate, 0.0, float(p50), float(p99))
 
 
-def measured(command: list[str], target: Target, cores: Sequence[int]) -> Load:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    pinned = ["taskset", "-c", ",".join(map(str, cores)), *command]
-    printed = subprocess.run(pinned, capture_output=True, text=True, check=True, timeout=120).stdout
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    seconds = int(command[command.index("-D") + 1].removesuffix("ms")) / 1000
-    return Load(rate_of(printed, target), spent / (seconds + WARM_UP_S))
+def command(
+    target: Target, concurrency: int, seconds: float, cores: Sequence[int], *more: str
+) -> str:
+    """What h2load printed."""
+    clients, streams = connections(concurrency, target.http1)
+    line = ["taskset", "-c", ",".join(map(str, cores)), "h2load"]
+    line += ["-c", str(clients), "-m", str(streams), "-D", f"{round(seconds * 1000)}ms"]
+    line += ["-d", str(target.body), *(["--h1"] if target.http1 else [])]
+    for header in target.headers:
+        line += ["-H", header]
+    done = subprocess.run(
+        [*line, *more, target.url], capture_output=True, text=True, timeout=seconds + STUCK_S
+    )
+    return done.stdout + done.stderr
 
 
 def rate_of(printed: str, target: Target) -> float:
@@ -85,8 +96,8 @@ def rate_of(printed: str, target: Target) -> float:
     good = re.search(r"status codes: (\d+) 2xx", printed)
     if rate is None or counts is None or data is None or good is None:
         raise Spoiled(printed)
-    succeeded, failed, errored, timeout = map(int, counts.groups())
+    succeeded, *bad = map(int, counts.groups())
     wanted = succeeded * target.answer_bytes * SHARE_OF_BYTES_MIN
-    if not succeeded or failed or errored or timeout or int(data[1]) < wanted:
+    if not succeeded or any(bad) or int(good[1]) < succeeded or int(data[1]) < wanted:
         raise Spoiled(printed)
     return float(rate[1])

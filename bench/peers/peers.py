@@ -25,7 +25,8 @@ class Turn(NamedTuple):
     port: int
     port_2: int
     """For the door that is not measured."""
-    cores: int
+    otlp_endpoint: str
+    """host:port that takes traces."""
 
 
 class Start(NamedTuple):
@@ -125,22 +126,19 @@ def grpc_echo(turn: Turn) -> Start:
 
 
 def ours(front: str) -> Callable[[Turn], Start]:
-    """`leptonic serve` on a repository in Triton's layout, with a token; metrics and sampled
-    tracing are on by default."""
+    """What `leptonic serve` becomes, on Triton's layout: with a token, metrics and traces."""
 
     def start(turn: Turn) -> Start:
         folder = triton.repository("onnxruntime", turn.names)
-        binary = Path(sys.executable).with_name("leptonic")
-        command = [str(binary), "serve", str(folder), "--grpc-port", str(turn.port)]
-        command += ["--http-port", str(turn.port_2), "--workers", str(turn.cores)]
-        extra = {"LEPTONIC_FRONT": front, "LEPTONIC_TOKENS": TOKEN}
+        command = [sys.executable, "-m", "services.inference.serve", str(folder)]
+        command += [f"--grpc-port={turn.port}", f"--http-port={turn.port_2}", "--metrics-port=0"]
+        command += [f"--token={TOKEN}", f"--otlp-endpoint={turn.otlp_endpoint}"]
+        extra = {"LEPTONIC_INFERENCE_FRONT": front, "PYTHONPATH": str(ROOT)}
         return Start(command, environment_of(turn, extra))
 
     return start
 
 
-PYTHONPATH = str(ROOT)
-"""Where the generated protocol lies, for the peers whose servicer is written here."""
 EVERYONE = [
     Peer("triton-cpp", "Triton, C++ front and C++ onnxruntime backend", triton_with("onnxbench")),
     Peer("triton-python", "Triton, C++ front, Python backend", triton_with("python")),
@@ -151,10 +149,10 @@ EVERYONE = [
          wire="http", alone=True),
     Peer("bentoml", "BentoML with batching (HTTP)", bentoml, wire="http", alone=True),
     Peer("ray", "Ray Serve gRPC with batching",
-         script("ray", "ray_server.py", PYTHONPATH=f"{PYTHONPATH}:{SERVED}",
+         script("ray", "ray_server.py", PYTHONPATH=f"{ROOT}:{SERVED}",
                 RAY_USAGE_STATS_ENABLED="0"), alone=True),
     Peer("aio", "grpc.aio with uvloop, nothing around the model",
-         script("aio", "aio.py", PYTHONPATH=PYTHONPATH)),
+         script("aio", "aio.py", PYTHONPATH=str(ROOT))),
     Peer("grpc-echo", "a grpc++ echo", grpc_echo, wire="echo", models=("identity",)),
     Peer("ours", "Leptonic", ours("native"), token=TOKEN),
     Peer("ours-python", "Leptonic, pure Python", ours("python"), token=TOKEN),

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
 import msgspec
 
-from bench.peers import load, servers
+from bench.peers import load, servers, sink
 from bench.peers.environments import PEERS, Unavailable
 from bench.peers.models import Reference, on_core
 from bench.peers.peers import MODELS, Peer
@@ -43,6 +44,8 @@ class Record(msgspec.Struct, kw_only=True):
     """Cell -> of one core."""
     memory_mb: float = 0.0
     ready_s: float = 0.0
+    spans: int = 0
+    """That arrived until the end of its load: 0 without tracing."""
 
 
 class Arrangement(msgspec.Struct, frozen=True):
@@ -57,13 +60,19 @@ def turn(
     """`label`: what it is called in the records, when it is not the peer's ordinary turn."""
     record = Record(round=number, server=label or peer.name, names=list(names))
     try:
-        with servers.serving(peer, names, where.server_cores) as server:
+        with (
+            sink.listening() as spans,
+            servers.serving(peer, names, where.server_cores, f"127.0.0.1:{spans.port}") as server,
+        ):
             record.ready_s = server.ready_s
             for name in names:
                 measure(record, peer, server, name, where)
             record.memory_mb = servers.memory_mb(server.mark)
-    except (Unavailable, servers.Wrong) as error:
+            record.spans = spans.spans
+    except (Unavailable, servers.Wrong, OSError) as error:
         record.failed = f"{type(error).__name__.lower()}: {error}"
+    except grpc.RpcError as error:
+        record.failed = f"refused: {error}"
     return record
 
 
@@ -89,8 +98,8 @@ def measure(
 def one(
     record: Record, cell: str, target: load.Target, concurrency: int, where: Arrangement
 ) -> None:
-    alone = concurrency == 1
-    run = load.run_logged if alone else load.run
+    load.warm_up(target, concurrency, where.client_cores)
+    run = load.run_logged if concurrency == 1 else load.run
     found = run(target, concurrency, where.seconds, where.client_cores)
     record.rates[cell] = found.rate
     record.client_share[cell] = found.client_share

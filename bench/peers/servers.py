@@ -42,10 +42,12 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(peer: Peer, names: Sequence[str], cores: Sequence[int]) -> Iterator[Server]:
+def serving(
+    peer: Peer, names: Sequence[str], cores: Sequence[int], otlp_endpoint: str
+) -> Iterator[Server]:
     """Raises `Unavailable` when it does not get ready, with the end of its log."""
     port, port_2 = ports.free(2)
-    command, environment = peer.start(Turn(list(names), port, port_2, len(cores)))
+    command, environment = peer.start(Turn(list(names), port, port_2, otlp_endpoint))
     mark, log = uuid.uuid4().hex, PEERS / f"{peer.name}.log"
     client = Client(peer.wire, port, peer.token)
     with log.open("wb") as output:

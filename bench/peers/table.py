@@ -140,6 +140,9 @@ def of_the_fallback(figures: Figures) -> Iterator[Target]:
 
 
 def of_a_replica(figures: Figures) -> Iterator[Target]:
+    for server in (OURS, FALLBACK):
+        what = f"spans that arrived from {LABELS[server]}: sampled tracing was on"
+        yield Target(what, figures.plain(server, "spans"), at_least=1)
     memory, ready = figures.plain(ONE_MODEL, "memory_mb"), figures.plain(ONE_MODEL, "ready_s")
     yield Target("memory of a replica of mlp after its load, MB of PSS", memory,
                  at_most=MEMORY_MB_MAX)  # fmt: skip
@@ -152,14 +155,13 @@ def of_a_replica(figures: Figures) -> Iterator[Target]:
 
 
 def of_two_cores(figures: Figures, cell: str) -> Iterator[Target]:
-    """The client takes its share of the two cores and has a third of its own towards one: so
-    what two cores would do without it is judged."""
+    """Towards one core the client has the other for itself; here it takes its share of the two.
+    Judged is what the server's cores do: the rate over the cores that the client left."""
     two, one = figures.rounds(TWO_CORES, "rates", cell), figures.rounds(OURS, "rates", cell)
     shares = figures.rounds(TWO_CORES, "client_share", cell)
     free = {number: rate * 2 / (2 - shares[number]) for number, rate in two.items()}
     share = figures.middle(TWO_CORES, "client_share", cell)
-    told = (
-        "" if share is None else f" (client takes {share:.2f} of the two: x{ratio(two, one):.2f})"
-    )
+    both = ratio(two, one)
+    told = f" (x{both:.2f} with the client at {share:.2f} cores)" if both and share else ""
     what = f"{cell}: two cores over one, by server core{told}"
     yield Target(what, ratio(free, one), at_least=1.8)
