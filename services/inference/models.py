@@ -1,7 +1,7 @@
 """A model version in memory: what the doors ask of it, and an ONNX graph in this process.
 
 Nothing whose bytes do not match their digest gets this far: `ObjectStore.get_blob` raises
-`Corrupt`. User code is no part of this process: see `isolated`.
+`Corrupt`, and the cache throws them away. User code is no part of this process: see `isolated`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 
 from libs.contracts.artifacts import ModelManifest, Signature, Tensor
-from libs.objectstore import ObjectStore
+from services.inference.cache import Cache
 from services.inference.tensors import DTYPES, Array, Arrays
 
 INTRA_OP_THREADS = 1
@@ -156,20 +156,37 @@ class OnnxModel:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-async def load(objects: ObjectStore, digest: str) -> OnnxModel:
+class Artifacts(Protocol):
+    """An object store, as far as a model needs it."""
+
+    async def get_blob(self, digest: str) -> bytes: ...
+
+
+async def load(objects: Artifacts, digest: str, cache: Cache | None = None) -> OnnxModel:
     """Manifest digest -> a warm model.
 
     Raises `Unloadable`, or `Corrupt`, `Missing`, `Unavailable` of the object store.
     """
-    manifest = await objects.get_blob(digest)
+    manifest = await fetched(objects, digest, cache)
     try:
         decoded = msgspec.json.decode(manifest, type=ModelManifest)
     except msgspec.DecodeError as error:
         raise Unloadable(f"manifest {digest}: {error}") from error
-    graph = await objects.get_blob(decoded.graph.digest)
+    graph = await fetched(objects, decoded.graph.digest, cache)
     return await asyncio.to_thread(
         OnnxModel, decoded.model, digest, graph, batched=True, signature=decoded.signature
     )
+
+
+async def fetched(objects: Artifacts, digest: str, cache: Cache | None) -> bytes:
+    if cache is None:
+        return await objects.get_blob(digest)
+    kept = await asyncio.to_thread(cache.get, digest)
+    if kept is not None:
+        return kept
+    payload = await objects.get_blob(digest)
+    await asyncio.to_thread(cache.put, digest, payload)
+    return payload
 
 
 def session_of(
@@ -227,10 +244,10 @@ def check(name: str, promised: Signature, found: Signature, batched: bool) -> No
 
 
 def zeros(tensor: Tensor) -> Array:
-    """One row, 1 for every size that is open."""
+    """One row, 1 for every size that is open. A text is a number too: graphs may read it as one."""
     sizes = tuple(max(size, 1) for size in tensor.shape)
     if tensor.datatype == "BYTES":
-        return np.full(sizes, "", object)
+        return np.full(sizes, "0", object)
     return np.zeros(sizes, DTYPES[tensor.datatype])
 
 
