@@ -1,253 +1,276 @@
-"""The Open Inference Protocol over HTTP: JSON, and the binary tensor extension both ways."""
+"""The Open Inference Protocol over HTTP, with Triton's extensions.
 
-from collections.abc import Sequence
+What is rare goes through the same servicer as gRPC: its messages are the JSON bodies. Inference has
+a form of its own (`bodies.py`).
+"""
+
+import base64
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any
 
-import grpc
 import msgspec
-from google.protobuf import json_format
+from google.protobuf.message import Message
+from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from libs.bus import TRACE_HEADER
-from libs.contracts.artifacts import Tensor
+from libs.contracts.protos import open_inference_pb2 as oip
 from libs.doors import Exhausted, Invalid, NotFound, Refused
-from libs.doors.drain import Ready
-from libs.doors.serve import MESSAGE_BYTES_MAX
-from services.inference import tensors
-from services.inference.endpoints import PLATFORM, Answer, Call, Endpoints
-from services.inference.server import EXTENSIONS, MICROSECONDS, SERVER_VERSION, statistics_of
-from services.inference.tensors import Array, Given
+from libs.doors.serve import http_app
+from services.inference import generate, openapi
+from services.inference.bodies import HEADER_LENGTH, Exchange
+from services.inference.calls import Answer
+from services.inference.guard import Guard
+from services.inference.httpbody import body_of, object_of, sent, struct_of
+from services.inference.messages import plain
+from services.inference.server import OpenInference
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
-BINARY = "application/octet-stream"
-
-
-class InputTensor(msgspec.Struct, frozen=True):
-    name: str
-    datatype: str
-    shape: list[int]
-    parameters: dict[str, Any] = {}
-    data: list[Any] | None = None
-
-
-class OutputTensor(msgspec.Struct, frozen=True):
-    name: str
-    parameters: dict[str, Any] = {}
-
-
-class InferRequest(msgspec.Struct, frozen=True):
-    inputs: list[InputTensor]
-    id: str = ""
-    parameters: dict[str, Any] = {}
-    outputs: list[OutputTensor] = []
-
-    def wants_binary(self, output: str) -> bool:
-        """As said for this output, else for the request."""
-        default = self.parameters.get("binary_data_output", False)
-        said = {one.name: one.parameters.get("binary_data", default) for one in self.outputs}
-        return bool(said.get(output, default))
+RETRY_AFTER_S = "1"
+UNAVAILABLE = 503
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Rest:
-    def __init__(self, endpoints: Endpoints, name: str, ready: Ready) -> None:
-        self.endpoints = endpoints
-        self.name = name
-        self.ready = ready
+    def __init__(self, service: OpenInference) -> None:
+        self.service = service
+        self.endpoints = service.endpoints
+        self.exchange = Exchange(service.endpoints, service.memory)
 
     def routes(self) -> list[Route]:
-        model = "/v2/models/{model}"
-        version = model + "/versions/{version}"
-        shared = [
-            Route("/v2", self.server),
-            Route("/v2/health/live", self.live),
-            Route("/v2/health/ready", self.is_ready),
-            Route("/v2/models/stats", self.statistics),
-            Route("/v2/repository/index", self.index, methods=["POST"]),
+        """One for each path: a verb that it does not take is told all that it does."""
+        found: dict[str, list[openapi.Operation]] = {}
+        for one in openapi.operations():
+            found.setdefault(one.path, []).append(one)
+        return [
+            Route(path, answering(getattr(self, same[0].handler)), methods=[s.verb for s in same])
+            for path, same in found.items()
         ]
-        for path in (model, version):
-            shared += [
-                Route(path, self.metadata),
-                Route(f"{path}/ready", self.model_ready),
-                Route(f"{path}/stats", self.statistics),
-                Route(f"{path}/infer", self.infer, methods=["POST"]),
-            ]
-        return shared
 
     async def server(self, _: Request) -> Response:
-        described = {"name": self.name, "version": SERVER_VERSION, "extensions": EXTENSIONS}
-        return JSONResponse(described)
+        return of(await self.service.ServerMetadata(oip.ServerMetadataRequest(), None))
 
     async def live(self, _: Request) -> Response:
         return JSONResponse({"live": True})
 
     async def is_ready(self, _: Request) -> Response:
-        ready = await self.ready()
-        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
+        state = await self.service.ServerReady(oip.ServerReadyRequest(), None)
+        return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
 
     async def metadata(self, request: Request) -> Response:
-        name, version = place_of(request)
-        versions, served = self.endpoints.described(name, version)
-        signature = served.model.signature
-        return JSONResponse(
-            {
-                "name": name,
-                "versions": versions,
-                "platform": PLATFORM,
-                "inputs": msgspec.to_builtins(signature.inputs),
-                "outputs": msgspec.to_builtins(signature.outputs),
-            }
-        )
+        asked = oip.ModelMetadataRequest(**named(request))
+        return of(await self.service.ModelMetadata(asked, None))
 
     async def model_ready(self, request: Request) -> Response:
-        name, version = place_of(request)
-        if not self.endpoints.is_ready(name, version):
-            raise NotFound(f"Request for unknown model: '{name}' is not ready")
-        return JSONResponse({"name": name, "ready": True})
+        place = named(request)
+        state = await self.service.ModelReady(oip.ModelReadyRequest(**place), None)
+        if not state.ready:
+            raise NotFound(f"Request for unknown model: '{place['name']}' is not ready")
+        return JSONResponse({"name": place["name"], "ready": True})
+
+    async def config(self, request: Request) -> Response:
+        asked = oip.ModelConfigRequest(**named(request))
+        return of((await self.service.ModelConfig(asked, None)).config)
 
     async def statistics(self, request: Request) -> Response:
-        """The gRPC message in protobuf JSON, with its 64-bit integers as numbers."""
-        found = self.endpoints.versions(*place_of(request))
-        rows = [
-            json_format.MessageToDict(
-                statistics_of(one),
-                preserving_proto_field_name=True,
-                always_print_fields_with_no_presence=True,
-            )
-            for one in found
-        ]
-        return JSONResponse({"model_stats": [numbered(row) for row in rows]})
+        asked = oip.ModelStatisticsRequest(**named(request))
+        return of(await self.service.ModelStatistics(asked, None))
 
     async def index(self, request: Request) -> Response:
-        body = decoded(await body_of(request) or b"{}", dict[str, Any])
-        rows = self.endpoints.index(bool(body.get("ready", False)))
-        names = ("name", "version", "state", "reason")
-        return JSONResponse([dict(zip(names, row, strict=True)) for row in rows])
+        wanted = await struct_of(request, openapi.IndexRequest)
+        asked = oip.RepositoryIndexRequest(ready=wanted.ready)
+        found = await self.service.RepositoryIndex(asked, None)
+        return JSONResponse([plain(one) for one in found.models])
+
+    async def load(self, request: Request) -> Response:
+        asked = oip.RepositoryModelLoadRequest(**await control_of(request))
+        await self.service.RepositoryModelLoad(asked, None)
+        return Response()
+
+    async def unload(self, request: Request) -> Response:
+        asked = oip.RepositoryModelUnloadRequest(**await control_of(request))
+        await self.service.RepositoryModelUnload(asked, None)
+        return Response()
+
+    async def trace(self, request: Request) -> Response:
+        asked = oip.TraceSettingRequest(model_name=request.path_params.get("model", ""))
+        if request.method == "POST":
+            given = await object_of(request, dict[str, str | list[str] | None])
+            for name, value in given.items():
+                values = [value] if isinstance(value, str) else value or []
+                asked.settings[name].value.extend(values)
+        found = await self.service.TraceSetting(asked, None)
+        return JSONResponse({name: traced(name, one) for name, one in found.settings.items()})
+
+    async def logging(self, request: Request) -> Response:
+        asked = oip.LogSettingsRequest()
+        if request.method == "POST":
+            given = await object_of(request, dict[str, bool | openapi.U32 | str])
+            for name, value in given.items():
+                asked.settings[name].CopyFrom(log_setting(value))
+        found = await self.service.LogSettings(asked, None)
+        return JSONResponse(
+            {name: next(iter(plain(one).values())) for name, one in found.settings.items()}
+        )
+
+    async def system_status(self, request: Request) -> Response:
+        asked = oip.SystemSharedMemoryStatusRequest(**region_of(request))
+        found = await self.service.SystemSharedMemoryStatus(asked, None)
+        return JSONResponse([plain(one) for one in found.regions.values()])
+
+    async def system_register(self, request: Request) -> Response:
+        wanted = await struct_of(request, openapi.Registration)
+        fields = {**msgspec.structs.asdict(wanted), **region_of(request)}
+        asked = oip.SystemSharedMemoryRegisterRequest(**fields)
+        await self.service.SystemSharedMemoryRegister(asked, None)
+        return Response()
+
+    async def system_unregister(self, request: Request) -> Response:
+        asked = oip.SystemSharedMemoryUnregisterRequest(**region_of(request))
+        await self.service.SystemSharedMemoryUnregister(asked, None)
+        return Response()
+
+    async def cuda_status(self, request: Request) -> Response:
+        asked = oip.CudaSharedMemoryStatusRequest(**region_of(request))
+        found = await self.service.CudaSharedMemoryStatus(asked, None)
+        return JSONResponse([plain(one) for one in found.regions.values()])
+
+    async def cuda_register(self, request: Request) -> Response:
+        wanted = await struct_of(request, openapi.CudaRegistration)
+        asked = oip.CudaSharedMemoryRegisterRequest(
+            **region_of(request),
+            raw_handle=from_base64("raw_handle.b64", wanted.raw_handle.b64),
+            device_id=wanted.device_id,
+            byte_size=wanted.byte_size,
+        )
+        await self.service.CudaSharedMemoryRegister(asked, None)
+        return Response()
+
+    async def cuda_unregister(self, request: Request) -> Response:
+        asked = oip.CudaSharedMemoryUnregisterRequest(**region_of(request))
+        await self.service.CudaSharedMemoryUnregister(asked, None)
+        return Response()
 
     async def infer(self, request: Request) -> Response:
+        place = named(request)
+        self.endpoints.served(**place)
+        body = await self.exchange.infer(
+            place["name"],
+            place["version"],
+            await body_of(request),
+            request.headers.get(HEADER_LENGTH),
+            request.headers.get(TRACE_HEADER, ""),
+        )
+        return await sent(request, body)
+
+    async def generate(self, request: Request) -> Response:
+        answers = [answer async for answer in self.generated(request)]
+        return JSONResponse(generate.fields_of(generate.only(answers)))
+
+    async def generate_stream(self, request: Request) -> Response:
+        """What is wrong before the first answer has a status; what comes later is an event."""
+        answers = self.generated(request)
+        first = await anext(answers, None)
+        return StreamingResponse(events(first, answers), media_type=openapi.EVENTS)
+
+    async def generated(self, request: Request) -> AsyncIterator[Answer]:
+        place = named(request)
+        signature = self.endpoints.served(**place).signature
+        body = await object_of(request, dict[str, Any])
+        parent = request.headers.get(TRACE_HEADER, "")
+        call = generate.call_of(place["name"], place["version"], signature, body, parent)
+        async for answer in self.endpoints.stream(call):
+            yield answer
+
+
+def app_of(
+    service: OpenInference, tokens: Collection[str], extra: Sequence[Route] = ()
+) -> Starlette:
+    """What listens on port 8000."""
+    routes = [*Rest(service).routes(), *extra]
+    document = openapi.document(asks_for_token=bool(tokens))
+    app = http_app("Open Inference Protocol", [], service.ready, routes, document)
+    app.add_middleware(Guard, tokens=tokens)
+    return app
+
+
+def answering(endpoint: Endpoint) -> Endpoint:
+    """Every refusal as Triton words it: `{"error": ...}`."""
+
+    async def answer(request: Request) -> Response:
         try:
-            body = await body_of(request)
-            wanted, given = parsed(body, request.headers.get(HEADER_LENGTH))
-            answer = await self.endpoints.infer(call_of(request, wanted, given))
+            return await endpoint(request)
         except Exhausted as error:
-            return JSONResponse({"error": str(error), "code": error.code.name}, status_code=503)
-        return response_of(answer, wanted)
+            headers = {"Retry-After": RETRY_AFTER_S}
+            return JSONResponse({"error": str(error)}, UNAVAILABLE, headers)
+        except Refused as error:
+            return JSONResponse({"error": str(error)}, error.http_status)
+
+    return answer
 
 
-def place_of(request: Request) -> tuple[str, str]:
-    return request.path_params.get("model", ""), request.path_params.get("version", "")
+def of(message: Message) -> Response:
+    return JSONResponse(plain(message))
 
 
-async def body_of(request: Request) -> bytes:
-    """Raises `Refused` past `MESSAGE_BYTES_MAX`, before it is all read."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise Invalid(f"{encoding} is not supported, send the body as it is", "Content-Encoding")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MESSAGE_BYTES_MAX:
-            raise TooLarge(f"more than {MESSAGE_BYTES_MAX} bytes", "body")
-    return bytes(body)
+def named(request: Request) -> dict[str, str]:
+    found = request.path_params
+    return {"name": found.get("model", ""), "version": found.get("version", "")}
 
 
-class TooLarge(Refused):
-    code = grpc.StatusCode.INVALID_ARGUMENT
-
-    @property
-    def http_status(self) -> int:
-        return 413
+def region_of(request: Request) -> dict[str, str]:
+    return {"name": request.path_params.get("region", "")}
 
 
-def parsed(body: bytes, header_length: str | None) -> tuple[InferRequest, list[Given]]:
-    """A request and its tensors; after the JSON come the binary ones in the order of the inputs."""
-    length = len(body)
-    if header_length is not None:
-        if not (header_length.isascii() and header_length.isdigit()) or int(header_length) > length:
-            raise Invalid(f"{header_length!r} of a body of {length} bytes", HEADER_LENGTH)
-        length = int(header_length)
-    request = decoded(body[:length], InferRequest)
-    given, position = [], length
-    for tensor in request.inputs:
-        size = tensor.parameters.get("binary_data_size")
-        if size is None:
-            given.append(Given(tensor.name, tensor.datatype, tensor.shape, values=tensor.data))
-            continue
-        if not isinstance(size, int) or not 0 <= size <= len(body) - position:
-            raise Invalid(
-                f"input '{tensor.name}' says binary_data_size {size}, "
-                f"{len(body) - position} bytes are left"
-            )
-        raw = body[position : position + size]
-        given.append(Given(tensor.name, tensor.datatype, tensor.shape, raw=raw))
-        position += size
-    if position != len(body):
-        raise Invalid(f"{len(body) - position} bytes after the last binary input", "body")
-    return request, given
+async def control_of(request: Request) -> dict[str, Any]:
+    """Of a load or an unload; files come in base64."""
+    given = await struct_of(request, openapi.ControlRequest)
+    parameters = {n: repository_parameter(n, value) for n, value in given.parameters.items()}
+    return {"model_name": request.path_params["model"], "parameters": parameters}
 
 
-def decoded(body: bytes, kind: type[Any]) -> Any:
+def repository_parameter(name: str, value: bool | int | str) -> oip.ModelRepositoryParameter:
+    if isinstance(value, bool):
+        return oip.ModelRepositoryParameter(bool_param=value)
+    if isinstance(value, int):
+        return oip.ModelRepositoryParameter(int64_param=value)
+    if name.startswith("file:"):
+        return oip.ModelRepositoryParameter(bytes_param=from_base64(name, value))
+    return oip.ModelRepositoryParameter(string_param=value)
+
+
+def from_base64(name: str, text: str) -> bytes:
     try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise Invalid(f"failed to parse the request JSON: {error}", "body") from error
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise Invalid(f"not base64: {error}", name) from error
 
 
-def call_of(request: Request, wanted: InferRequest, given: Sequence[Given]) -> Call:
-    name, version = place_of(request)
-    timeout = wanted.parameters.get("timeout")
-    return Call(
-        model=name,
-        version=version,
-        id=wanted.id,
-        given=given,
-        outputs=[output.name for output in wanted.outputs],
-        timeout_s=timeout / MICROSECONDS if isinstance(timeout, int) and timeout > 0 else None,
-        traceparent=request.headers.get(TRACE_HEADER, ""),
-    )
+def traced(name: str, value: oip.TraceSettingResponse.SettingValue) -> str | list[str]:
+    """A level is a list, whatever its length."""
+    values = list(value.value)
+    return values[0] if name != "trace_level" and len(values) == 1 else values
 
 
-def response_of(answer: Answer, wanted: InferRequest) -> Response:
-    outputs, buffers = [], []
-    for tensor, array in answer.outputs:
-        described: dict[str, Any] = {
-            "name": tensor.name,
-            "datatype": tensor.datatype,
-            "shape": array.shape,
-        }
-        if wanted.wants_binary(tensor.name):
-            buffers.append(tensors.to_raw(tensor.datatype, array))
-            described["parameters"] = {"binary_data_size": len(buffers[-1])}
-        else:
-            described["data"] = json_values(tensor, array)
-        outputs.append(described)
-    header = msgspec.json.encode(
-        {
-            "model_name": answer.model,
-            "model_version": str(answer.number),
-            "id": answer.id,
-            "parameters": {TRACE_HEADER: answer.traceparent} if answer.traceparent else {},
-            "outputs": outputs,
-        }
-    )
-    if not buffers:
-        return Response(header, media_type="application/json")
-    headers = {HEADER_LENGTH: str(len(header))}
-    return Response(header + b"".join(buffers), media_type=BINARY, headers=headers)
+def log_setting(value: bool | int | str) -> oip.LogSettingsRequest.SettingValue:
+    if isinstance(value, bool):
+        return oip.LogSettingsRequest.SettingValue(bool_param=value)
+    if isinstance(value, int):
+        return oip.LogSettingsRequest.SettingValue(uint32_param=value)
+    return oip.LogSettingsRequest.SettingValue(string_param=value)
 
 
-def json_values(tensor: Tensor, array: Array) -> list[Any]:
-    if tensor.datatype != "BYTES":
-        return tensors.to_values(tensor.datatype, array)
-    return [one.decode(errors="replace") for one in tensors.to_values(tensor.datatype, array)]
+async def events(first: Answer | None, others: AsyncIterator[Answer]) -> AsyncIterator[bytes]:
+    if first is None:
+        return
+    yield event(generate.fields_of(first))
+    try:
+        async for answer in others:
+            yield event(generate.fields_of(answer))
+    except Refused as error:
+        yield event({"error": str(error)})
 
 
-def numbered(value: Any) -> Any:
-    """Protobuf JSON writes 64-bit integers as strings; the protocol over HTTP as numbers."""
-    if isinstance(value, dict):
-        kept = ("name", "version")
-        return {n: one if n in kept else numbered(one) for n, one in value.items()}
-    if isinstance(value, list):
-        return [numbered(one) for one in value]
-    return int(value) if isinstance(value, str) else value
+def event(fields: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(fields) + b"\n\n"

@@ -1,0 +1,55 @@
+"""Bodies over HTTP: read within bounds, decompressed, decoded; sent as the client takes them."""
+
+import asyncio
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from libs.doors.serve import MESSAGE_BYTES_MAX
+from services.inference import compression
+from services.inference.bodies import BINARY, HEADER_LENGTH, JSON, Body, decoded
+from services.inference.compression import TooLarge
+
+IN_PLACE_BYTES = 64 << 10
+"""What is (de)compressed sooner than a thread is found."""
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+async def body_of(request: Request) -> bytes:
+    """Raises `Refused` past `MESSAGE_BYTES_MAX`, before it is all read or decompressed."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MESSAGE_BYTES_MAX:
+            raise TooLarge(f"more than {MESSAGE_BYTES_MAX} bytes", "body")
+    coding = request.headers.get("content-encoding", "")
+    if not coding:
+        return bytes(body)
+    return await asyncio.to_thread(compression.decompressed, bytes(body), coding, MESSAGE_BYTES_MAX)
+
+
+async def struct_of(request: Request, kind: type[S]) -> S:
+    """An empty body is an empty object."""
+    found: S = decoded(await body_of(request) or b"{}", kind)
+    return found
+
+
+async def object_of(request: Request, kind: Any) -> dict[str, Any]:
+    found: dict[str, Any] = decoded(await body_of(request) or b"{}", kind)
+    return found
+
+
+async def sent(request: Request, body: Body) -> Response:
+    headers = {HEADER_LENGTH: str(body.header_length)} if body.header_length else {}
+    kind = BINARY if body.header_length else JSON
+    payload = body.payload
+    coding = compression.coding_for(request.headers.get("accept-encoding", ""), len(payload))
+    if coding:
+        headers |= {"Content-Encoding": coding, "Vary": "Accept-Encoding"}
+        if len(payload) > IN_PLACE_BYTES:
+            payload = await asyncio.to_thread(compression.compressed, payload, coding)
+        else:
+            payload = compression.compressed(payload, coding)
+    return Response(payload, media_type=kind, headers=headers)
