@@ -9,20 +9,20 @@ import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from services.inference import calls, frames, router, wire
-from services.inference.calls import Head, Rpc
+from services.inference import frames, router, rpcs, wire
 from services.inference.frames import Header
 from services.inference.front import Lane, ServerCall
 from services.inference.http2 import Connection
 from services.inference.python_batcher import Answered, PythonBatcher
+from services.inference.rpcs import Head, Rpc
 
 BACKLOG = 1024
 FORMS_MAX = 1024
 TRY_AGAIN = (("retry-after", "1"),)
-BEGIN = struct.Struct(f">IBI{len(calls.OPENING)}sIBI")
-BEGIN_WORD = len(calls.OPENING) << 8 | frames.HEADERS
-END = struct.Struct(f">IBI{len(calls.ENDING)}s")
-END_WORD = len(calls.ENDING) << 8 | frames.HEADERS
+BEGIN = struct.Struct(f">IBI{len(rpcs.OPENING)}sIBI")
+BEGIN_WORD = len(rpcs.OPENING) << 8 | frames.HEADERS
+END = struct.Struct(f">IBI{len(rpcs.ENDING)}s")
+END_WORD = len(rpcs.ENDING) << 8 | frames.HEADERS
 END_FLAGS = frames.END_HEADERS | frames.END_STREAM
 Batchers = Mapping[str, PythonBatcher]
 
@@ -100,7 +100,7 @@ class Returns:
             out = connection.out
             out += (
                 BEGIN.pack(
-                    BEGIN_WORD, frames.END_HEADERS, stream, calls.OPENING, form.word, 0, stream
+                    BEGIN_WORD, frames.END_HEADERS, stream, rpcs.OPENING, form.word, 0, stream
                 ),
                 form.lead,
                 name,
@@ -109,7 +109,7 @@ class Returns:
             )
             for tag, output in zip(form.tags, outputs[1:], strict=True):
                 out += (tag, contents[output])
-            out.append(END.pack(END_WORD, END_FLAGS, stream, calls.ENDING))
+            out.append(END.pack(END_WORD, END_FLAGS, stream, rpcs.ENDING))
             connection.sent(rpc, form.size)
             touched.add(connection)
         for connection in touched:
@@ -124,8 +124,8 @@ class Returns:
         tail = reply.tail + tags[0]
         size = len(lead) + name_bytes + len(tail) + sum(map(len, tags[1:]))
         size += sum(len(contents[index]) for index in outputs)
-        whole = calls.PREFIX.size + size
-        lead = calls.PREFIX.pack(0, size) + lead
+        whole = rpcs.PREFIX.size + size
+        lead = rpcs.PREFIX.pack(0, size) + lead
         form = Form(whole << 8 | frames.DATA, whole, lead, tail, tags[1:])
         self.forms[outputs, rows, name_bytes] = form
         return form
@@ -136,7 +136,7 @@ class Returns:
         parts = wire.written(reply, id, place, [contents[index] for index in rpc.outputs])
         size = sum(map(len, parts))
         small = b"".join(parts[:-1])
-        rpc.send([calls.PREFIX.pack(0, size) + small, parts[-1]])
+        rpc.send([rpcs.PREFIX.pack(0, size) + small, parts[-1]])
         rpc.finish(0)
 
 
@@ -205,7 +205,7 @@ class PythonFront:
         return True
 
     def head(self, headers: Sequence[Header]) -> Head:
-        return calls.head_of(headers, self.tokens)
+        return rpcs.head_of(headers, self.tokens)
 
     def open(self, connection: Connection, id: int, head: Head) -> Rpc:
         return Rpc(connection, id, head, self)
