@@ -26,7 +26,7 @@ from services.inference.endpoints import Endpoints
 from services.inference.modelconfig import Misconfigured
 from services.inference.notes import Notes
 from services.inference.repository import Mode, Repository
-from services.inference.rest import Rest
+from services.inference.rest import app_of
 from services.inference.rpc import Host, health_and_reflection
 from services.inference.served import Rates
 from services.inference.server import MODEL_INFER, MODEL_STREAM_INFER, OpenInference
@@ -123,7 +123,7 @@ async def doors(
     address, endpoints = options.host, repository.endpoints
     oip = OpenInference(endpoints, options.server_name, drain.ready, repository)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(oip, host)
-    api = http_app("Inference", [], drain.ready, Rest(oip).routes())
+    api = app_of(oip, options.token)
     metrics = http_app("Metrics", [], drain.ready)
     async with (
         health_and_reflection(host, [OPEN_INFERENCE], drain.ready),
