@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from libs.contracts.artifacts import Tensor
 from libs.doors import Invalid
-from services.inference import domain, tensors
+from services.inference import domain, modelconfig, tensors
 from services.inference.models import Model
 from services.inference.served import Served
 from services.inference.tensors import Array, Arrays, Given, Unfit
@@ -56,7 +56,9 @@ def accepted(call: Call, served: Served) -> Asked:
     """Raises `Invalid`, which names what was wrong."""
     model = served.model
     try:
-        inputs = tensors.accept(call.model, served.signature, call.given, model.batched)
+        inputs = tensors.accept(
+            call.model, served.signature, call.given, model.batched, text=is_text(model)
+        )
     except Unfit as error:
         raise Invalid(str(error)) from error
     rows = rows_of(model, inputs)
@@ -67,6 +69,11 @@ def accepted(call: Call, served: Served) -> Asked:
         )
     times = whole(call, "timeout"), whole(call, "priority")
     return Asked(inputs, rows, asked_for(call, served), id_of(call), *times)
+
+
+def is_text(model: Model) -> bool:
+    """onnxruntime's strings are UTF-8; a user's own code takes any bytes."""
+    return model.platform == modelconfig.PLATFORMS[modelconfig.ONNX]
 
 
 def asked_for(call: Call, served: Served) -> list[Tensor]:

@@ -13,6 +13,8 @@ from services.inference.served import Rates
 
 OFF, TIMESTAMPS = "OFF", "TIMESTAMPS"
 RATE_MAX = (1 << 32) - 1
+TRACES_PER_S = 100.0
+"""Of a version, once traces are asked for where the process's settings ask for none."""
 FIXED = {"trace_count": "-1", "log_frequency": "0", "trace_file": "", "trace_mode": "opentelemetry"}
 """Spans go where the process's settings say, as many as come."""
 SILENT = logging.CRITICAL + 1
@@ -60,7 +62,8 @@ class Controls:
         said = self.settings(name)
         rate = int(said["trace_rate"][0])
         off = said["trace_level"] == [OFF]
-        return self.rates._replace(traces_per_s=0 if off else self.rates.traces_per_s / rate)
+        most_per_s = self.rates.traces_per_s or TRACES_PER_S
+        return self.rates._replace(traces_per_s=0 if off else most_per_s / rate)
 
     def log(self, changes: Mapping[str, bool | int | str]) -> dict[str, bool | int | str]:
         """The settings after the changes. Raises `Invalid`."""
