@@ -1,0 +1,458 @@
+"""A front, native or Python, answers good clients: the fast path, the slow path, and its end."""
+
+import asyncio
+import json
+from collections.abc import Awaitable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from libs.contracts.artifacts import Signature, Tensor
+from libs.contracts.pipeline import Batching
+from libs.contracts.protos import open_inference_pb2 as oip
+from services.inference import router
+from services.inference.front import Lane, Sampling
+from services.inference.tests.fronts import (
+    DIGITS,
+    ECHO,
+    PAIR,
+    SAID_BY_PYTHON,
+    kinds,
+    pair,
+    place,
+    request,
+    times,
+    values,
+)
+from stack import ports
+from stack.testing import eventually
+
+pytestmark = pytest.mark.parametrize("kind", kinds())
+HEX = set("0123456789abcdef")
+PARENT = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+Code = grpc.StatusCode
+
+
+async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return raised.value.code(), raised.value.details() or ""
+
+
+async def test_every_request_gets_its_own_answer(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"3": 100})
+        channels = [here.channel() for _ in range(4)]
+        infer = [
+            one.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                oip.ModelInferRequest.SerializeToString,
+                oip.ModelInferResponse.FromString,
+            )
+            for one in channels
+        ]
+        sent = [request(n, rows=1 + n % 3, id=f"r{n}" if n % 2 else "") for n in range(400)]
+        got = await asyncio.gather(*(infer[n % 4](sent[n], timeout=30) for n in range(400)))
+        for n, answer in enumerate(got):
+            rows = 1 + n % 3
+            assert values(answer) == [3.0 * n] * 4 * rows
+            assert (answer.model_name, answer.model_version) == ("digits", "3")
+            assert list(answer.outputs[0].shape) == [rows, 4]
+            assert answer.id == f"r{n}" if n % 2 else set(answer.id) <= HEX and len(answer.id) == 32
+        assert sum(here.sizes) == sum(1 + n % 3 for n in range(400))
+        for one in channels:
+            await one.close()
+
+
+async def test_versions_share_requests_as_the_router_says(kind: str) -> None:
+    shares = {"1": 70, "2": 30}
+    async with place(kind) as here, here.client() as client:
+        here.serve_digits(shares)
+        got = [(await client.ModelInfer(request())).model_version for _ in range(100)]
+        patterns = [[router.choose(shares, n + at) for n in range(100)] for at in range(100)]
+        assert got in patterns
+
+
+async def test_a_version_may_be_named_and_the_route_may_change(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        made = here.serve_digits({"1": 100, "2": 0})
+        assert values(await client.ModelInfer(request(model_version="2"))) == [2.0] * 4
+        assert values(await client.ModelInfer(request())) == [1.0] * 4
+        here.front.route("digits", {"2": 100}, {"2": made["2"]})
+        assert values(await client.ModelInfer(request())) == [2.0] * 4
+        gone = await refusal(client.ModelInfer(request(model_version="1")))
+        assert gone == (Code.INVALID_ARGUMENT, SAID_BY_PYTHON)
+        here.front.route("digits", {}, {})
+        assert await refusal(client.ModelInfer(request())) == gone
+
+
+async def test_several_inputs_in_any_order_and_some_outputs(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        batcher = here.serve(Lane("pair", "1", PAIR, batched=True, opaque=False), pair)
+        here.front.route("pair", {"1": 100}, {"1": batcher})
+        a, b = np.array([[1, 2], [3, 4]], np.float32), np.array([5, 6], np.int64)
+        inputs = [
+            {"name": "b", "datatype": "INT64", "shape": [2]},
+            {"name": "a", "datatype": "FP32", "shape": [2, 2]},
+        ]
+        about: Any = {"model_name": "pair", "inputs": inputs}
+        sent = oip.ModelInferRequest(**about, raw_input_contents=[b.tobytes(), a.tobytes()])
+        for _ in range(2):
+            answer = await client.ModelInfer(sent)
+            assert [one.name for one in answer.outputs] == ["s", "t"]
+            assert values(answer) == [2.0, 3.0, 4.0, 5.0]
+            assert np.frombuffer(answer.raw_output_contents[1], np.int64).tolist() == [10, 12]
+        for names in (["t"], ["t", "s"]):
+            about["outputs"] = [{"name": name} for name in names]
+            sent = oip.ModelInferRequest(**about, raw_input_contents=[b.tobytes(), a.tobytes()])
+            answer = await client.ModelInfer(sent)
+            known = {"s": (a + 1).tobytes(), "t": (b * 2).tobytes()}
+            got = zip(answer.outputs, answer.raw_output_contents, strict=True)
+            assert {one.name: raw for one, raw in got} == {name: known[name] for name in names}
+
+
+async def test_where_rows_have_no_meaning_each_request_runs_alone(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        lane = Lane("digits", "1", DIGITS, batched=False, opaque=False)
+        here.front.route("digits", {"1": 100}, {"1": here.serve(lane, times(2))})
+        got = await asyncio.gather(*(client.ModelInfer(request(n, rows=3)) for n in range(8)))
+        assert [values(one) for one in got] == [[2.0 * n] * 12 for n in range(8)]
+        assert here.sizes == [1] * 8
+
+
+def tensor(**about: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], **about}]}
+
+
+NOT_PLAIN: dict[str, dict[str, Any]] = {
+    "unknown model": {"model_name": "letters"},
+    "unknown version": {"model_version": "9"},
+    "typed contents": {**tensor(contents={"fp32_contents": [1] * 4}), "raw_input_contents": []},
+    "both contents": tensor(contents={"fp32_contents": [1] * 4}),
+    "unknown input": tensor(name="z"),
+    "wrong datatype": tensor(datatype="FP64"),
+    "wrong shape": tensor(shape=[1, 2, 2]),
+    "negative dimension": tensor(shape=[-1, 4]),
+    "no rows": {**tensor(shape=[0, 4]), "raw_input_contents": [b""]},
+    "huge shape": tensor(shape=[1 << 62, 4]),
+    "fewer bytes": {"raw_input_contents": [bytes(15)]},
+    "more bytes": {"raw_input_contents": [bytes(17)]},
+    "no bytes": {"raw_input_contents": [b""]},
+    "two contents": {"raw_input_contents": [bytes(16), bytes(16)]},
+    "an input twice": {
+        "inputs": tensor()["inputs"] * 2,
+        "raw_input_contents": [bytes(16), bytes(16)],
+    },
+    "too many rows": {**tensor(shape=[65, 4]), "raw_input_contents": [bytes(65 * 16)]},
+    "unknown output": {"outputs": [{"name": "z"}]},
+    "an output with a parameter": {
+        "outputs": [{"name": "y", "parameters": {"classification": {"int64_param": 1}}}]
+    },
+    "an input with a parameter": tensor(parameters={"binary_data_size": {"int64_param": 16}}),
+    "a sequence": {"parameters": {"sequence_id": {"int64_param": 1}}},
+    "a timeout that is text": {"parameters": {"timeout": {"string_param": "1"}}},
+    "an id that cannot be printed": {"id": "a\nb"},
+}
+
+
+@pytest.mark.parametrize("what", NOT_PLAIN)
+async def test_what_is_not_plain_is_for_python_to_judge(kind: str, what: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.serve_digits({"1": 100})
+        for _ in range(2):
+            answer = await refusal(client.ModelInfer(request(**NOT_PLAIN[what])))
+            assert answer == (Code.INVALID_ARGUMENT, SAID_BY_PYTHON)
+        assert values(await client.ModelInfer(request())) == [1.0] * 4
+
+
+async def test_plain_parameters_are_taken(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.serve_digits({"1": 100}, limits=Batching(priority_levels=2))
+        parameters: Any = {
+            "timeout": {"int64_param": 10_000_000},
+            "priority": {"uint64_param": 1},
+            "triton_enable_empty_final_response": {"bool_param": True},
+        }
+        assert values(await client.ModelInfer(request(parameters=parameters))) == [1.0] * 4
+
+
+async def test_an_opaque_lane_is_pythons_alone(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        lane = Lane("digits", "1", DIGITS, batched=True, opaque=True)
+        here.front.route("digits", {"1": 100}, {"1": here.serve(lane, times(1))})
+        answer = await refusal(client.ModelInfer(request()))
+        assert answer == (Code.INVALID_ARGUMENT, SAID_BY_PYTHON)
+
+
+async def test_a_full_queue_says_so_and_when_to_come_back(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.go.clear()
+        limits = Batching(max_queue_size=2, max_batch_size=1)
+        batcher = here.serve_digits({"1": 100}, limits=limits)["1"]
+        calls = [client.ModelInfer(request()) for _ in range(2)]
+        await eventually(lambda: batcher.counts().waiting == 2)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.ModelInfer(request())
+        assert raised.value.code() is Code.RESOURCE_EXHAUSTED
+        assert raised.value.details() == (
+            "exceeds maximum queue size of model 'digits' version 1: 2 requests wait already"
+        )
+        assert ("retry-after", "1") in [tuple(one) for one in raised.value.trailing_metadata()]
+        here.go.set()
+        assert [values(await call) for call in calls] == [[1.0] * 4] * 2
+
+
+async def test_who_waited_too_long_is_told(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.go.clear()
+        batcher = here.serve_digits({"1": 100}, limits=Batching(max_batch_size=1))["1"]
+        parameters: Any = {"timeout": {"int64_param": 1000}}
+        call = client.ModelInfer(request(parameters=parameters))
+        await eventually(lambda: batcher.counts().waiting == 1)
+        await asyncio.sleep(0.002)  # its timeout is over, whenever the runner comes
+        here.go.set()
+        assert await refusal(call) == (Code.UNAVAILABLE, "Request timeout expired")
+
+
+async def test_a_batcher_that_is_closed_takes_nobody(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.serve_digits({"1": 100})["1"].close()
+        text = "model 'digits' version 1 is being unloaded"
+        assert await refusal(client.ModelInfer(request())) == (Code.UNAVAILABLE, text)
+
+
+async def test_a_request_whose_client_leaves_is_not_computed(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.go.clear()
+        batcher = here.serve_digits({"1": 100})["1"]
+        left, kept = client.ModelInfer(request(5)), client.ModelInfer(request(6))
+        await eventually(lambda: batcher.counts().waiting == 2)
+        left.cancel()
+        await eventually(lambda: batcher.counts().waiting == 1)
+        here.go.set()
+        assert values(await kept) == [6.0] * 4
+        assert sum(here.sizes) == 1
+
+
+async def test_a_traced_request_is_told_its_place(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.serve_digits({"1": 100})
+        answer = await client.ModelInfer(request(id="mine"), metadata=(("traceparent", PARENT),))
+        version, trace, span, flags = answer.parameters["traceparent"].string_param.split("-")
+        assert (version, trace, flags, answer.id) == ("00", PARENT.split("-")[1], "01", "mine")
+        assert span != PARENT.split("-")[2]
+        assert values(answer) == [1.0] * 4
+        assert not (await client.ModelInfer(request())).parameters
+
+
+async def test_notes_name_what_is_logged(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.go.clear()
+        lane = Lane("digits", "1", DIGITS, batched=True, opaque=False)
+        batcher = here.front.batcher(lane)
+        batcher.configure(Batching(), Sampling(0.0, 100, 100.0))
+        here.front.route("digits", {"1": 100}, {"1": batcher})
+        calls = [client.ModelInfer(request(n, rows=2, id=f"r{n}")) for n in range(3)]
+        await eventually(lambda: batcher.counts().waiting == 3)
+        batch = await asyncio.to_thread(batcher.take)
+        assert batch is not None
+        notes = sorted(batch.notes, key=lambda note: note.start)
+        assert [(note.start, note.stop) for note in notes] == [(0, 2), (2, 4), (4, 6)]
+        assert {note.id for note in notes} == {"r0", "r1", "r2"}
+        inputs = batch.inputs()["x"]
+        assert all(int(note.id[1]) == inputs[note.start, 0] for note in notes)
+        batch.answer({"y": inputs})
+        assert [values(await call) for call in calls] == [[float(n)] * 8 for n in range(3)]
+        batcher.close()
+
+
+async def test_a_batch_that_fails_may_be_run_one_by_one(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        lane = Lane("digits", "1", DIGITS, batched=True, opaque=False)
+        batcher = here.front.batcher(lane)
+        batcher.configure(Batching(), Sampling(0.0, 0, 0.0))
+        here.front.route("digits", {"1": 100}, {"1": batcher})
+        calls = [client.ModelInfer(request(n)) for n in range(2)]
+        await eventually(lambda: batcher.counts().waiting == 2)
+        batch = await asyncio.to_thread(batcher.take)
+        assert batch is not None
+        for one in batch.split():
+            inputs = one.inputs()["x"]
+            if inputs[0, 0] == 0:
+                one.fail(13, "model 'digits' version 1 failed: zero")
+            else:
+                one.answer({"y": inputs})
+        failed = await refusal(calls[0])
+        assert failed == (Code.INTERNAL, "model 'digits' version 1 failed: zero")
+        assert values(await calls[1]) == [1.0] * 4
+        batcher.close()
+
+
+async def test_unary_and_streams_of_every_kind(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        assert await channel.unary_unary(ECHO + "Unary")(b"hello") == b"hello"
+        assert await channel.unary_unary(ECHO + "Unary")(b"") == b""
+        sent = [bytes([n]) * n for n in range(50)]
+        assert await channel.stream_unary(ECHO + "Join")(iter(sent)) == b"".join(sent)
+        repeated = [one async for one in channel.unary_stream(ECHO + "Repeat")(b"again")]
+        assert repeated == [b"again"] * 5
+        talk = channel.stream_stream(ECHO + "Talk")()
+        for n in range(20):
+            await talk.write(b"%d!" % n)
+            assert await talk.read() == (b"%d!" % n)[::-1]
+        await talk.done_writing()
+        assert await talk.read() is grpc.aio.EOF
+        assert await talk.code() is Code.OK
+
+
+async def test_metadata_goes_both_ways(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        metadata = (("mine", "of bytes"), ("mine", "again"), ("odd-bin", b"\x00\x01"))
+        call = channel.unary_unary(ECHO + "About")(b"", metadata=metadata, timeout=60)
+        known = json.loads(await call)
+        got = [tuple(pair) for pair in known["metadata"]]
+        assert ("mine", "of bytes") in got
+        assert ("mine", "again") in got
+        assert [value.rstrip("=") for name, value in got if name == "odd-bin"] == ["AAE"]
+        assert not {name for name, _ in got} & {"te", "content-type", "grpc-timeout", ":path"}
+        assert 0 < known["left_s"] <= 60
+        assert known["peer"].startswith("ipv4:127.0.0.1:")
+        trailing = [tuple(pair) for pair in await call.trailing_metadata()]
+        assert ("trail", "of bytes") in trailing
+        assert ("odd-bin", b"\x00\x01") in trailing
+
+
+@pytest.mark.parametrize("how", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_messages_are_read(kind: str, how: grpc.Compression) -> None:
+    async with place(kind) as here, here.channel(compression=how) as channel:
+        assert await channel.unary_unary(ECHO + "Unary")(b"a" * 100_000) == b"a" * 100_000
+        sent = [b"b" * 1000] * 20
+        assert await channel.stream_unary(ECHO + "Join")(iter(sent)) == b"".join(sent)
+
+
+async def test_a_deadline_reaches_the_servicer(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        call = channel.unary_unary(ECHO + "Wait")(b"", timeout=0.3)
+        assert (await refusal(call))[0] is Code.DEADLINE_EXCEEDED
+        await eventually(lambda: here.echo.cancelled == 1)
+
+
+async def test_a_cancelled_call_ends_its_servicer(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        call = channel.unary_unary(ECHO + "Wait")(b"")
+        await eventually(lambda: here.echo.seen)
+        call.cancel()
+        await eventually(lambda: here.echo.cancelled == 1)
+
+
+async def test_large_messages_go_both_ways_while_others_go_on(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel, here.client() as client:
+        here.serve_digits({"1": 100})
+        large = bytes(range(256)) * 40_000
+        calls = [channel.unary_unary(ECHO + "Unary")(large, timeout=60) for _ in range(3)]
+        small = await asyncio.gather(*(client.ModelInfer(request(n)) for n in range(50)))
+        assert [values(one) for one in small] == [[float(n)] * 4 for n in range(50)]
+        assert all([await call == large for call in calls])
+
+
+async def test_a_large_inference_is_answered(kind: str) -> None:
+    signature = Signature(
+        [Tensor("x", "FP32", [-1, -1])],
+        [Tensor("y", "FP32", [-1, -1])],
+    )
+    async with place(kind) as here, here.client() as client:
+        lane = Lane("digits", "1", signature, batched=True, opaque=False)
+        here.front.route("digits", {"1": 100}, {"1": here.serve(lane, times(2))})
+        array = np.arange(2_600_000, dtype=np.float32).reshape(2, -1)
+        about: Any = {"inputs": [{"name": "x", "datatype": "FP32", "shape": array.shape}]}
+        sent = request(**about, raw_input_contents=[array.tobytes()])
+        answer = await client.ModelInfer(sent, timeout=60)
+        assert answer.raw_output_contents[0] == (array * 2).tobytes()
+        assert list(answer.outputs[0].shape) == [2, 1_300_000]
+
+
+async def test_an_unknown_method_is_unimplemented(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        code, _ = await refusal(channel.unary_unary("/no.Such/Method")(b""))
+        assert code is Code.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("authorization", ["", "Bearer wrong", "secret", "Bearer secretandmore"])
+async def test_without_a_token_nothing_is_told_but_health(kind: str, authorization: str) -> None:
+    async with place(kind, tokens=["other", "secret"]) as here, here.client() as client:
+        here.serve_digits({"1": 100})
+        metadata = (("authorization", authorization),) if authorization else ()
+        wanted = (Code.UNAUTHENTICATED, "send the metadata 'authorization: Bearer <token>'")
+        assert await refusal(client.ModelInfer(request(), metadata=metadata)) == wanted
+        assert (
+            await refusal(client.ServerLive(oip.ServerLiveRequest(), metadata=metadata)) == wanted
+        )
+        async with here.channel() as channel:
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
+            assert (await refusal(check))[0] is Code.UNIMPLEMENTED  # nobody hosts it here
+
+
+async def test_with_a_token_everything_is_answered(kind: str) -> None:
+    async with place(kind, tokens=["other", "secret"]) as here, here.client() as client:
+        here.serve_digits({"1": 100})
+        for token in ("secret", "other"):
+            metadata = (("authorization", f"Bearer {token}"),)
+            assert values(await client.ModelInfer(request(), metadata=metadata)) == [1.0] * 4
+
+
+async def test_a_taken_port_is_an_error(kind: str) -> None:
+    async with place(kind) as here:
+        with pytest.raises(OSError, match="in use"):
+            async with place(kind, port=here.front.port):
+                pass
+
+
+async def test_clients_move_to_another_front_and_lose_nothing(kind: str) -> None:
+    [port] = ports.free(1)
+    async with place(kind, port=port) as old:
+        old.serve_digits({"1": 100})
+        async with place(kind, port=port) as new, old.client() as one, old.client() as two:
+            new.serve_digits({"2": 100})
+            answered: list[str] = []
+            over = asyncio.Event()
+
+            async def keep_asking(client: Any) -> None:
+                while not over.is_set():
+                    answer = await client.ModelInfer(request())
+                    assert values(answer) == [float(answer.model_version)] * 4
+                    answered.append(answer.model_version)
+
+            tasks = [asyncio.create_task(keep_asking(client)) for client in (one, two) * 4]
+            await eventually(lambda: len(answered) > 100)
+            old.front.say_goodbye()
+            await old.front.close(10)
+            at = len(answered)
+            await eventually(lambda: len(answered) > at + 100)
+            assert set(answered[at + 8 :]) == {"2"}
+            over.set()
+            await asyncio.gather(*tasks)
+
+
+async def test_what_was_accepted_is_answered_before_the_end(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.go.clear()
+        batcher = here.serve_digits({"1": 100})["1"]
+        calls = [client.ModelInfer(request(n)) for n in range(10)]
+        await eventually(lambda: batcher.counts().waiting == 10)
+        closing = asyncio.create_task(here.front.close(20))
+        await asyncio.sleep(0)
+        here.go.set()
+        assert [values(await call) for call in calls] == [[float(n)] * 4 for n in range(10)]
+        await closing
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", here.front.port)
+
+
+async def test_an_end_does_not_wait_for_ever(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        call = channel.unary_unary(ECHO + "Wait")(b"")
+        await eventually(lambda: here.echo.seen)
+        await here.front.close(0.2)
+        assert (await refusal(call))[0] is Code.UNAVAILABLE
