@@ -25,6 +25,7 @@ from services.inference.tensors import Array, Arrays
 NS = 1e9
 MS = 1_000_000
 """In ns."""
+NEVER = 1 << 63
 DEADLINE_EXCEEDED = 4
 RESOURCE_EXHAUSTED = 8
 UNAVAILABLE = 14
@@ -193,6 +194,8 @@ class PythonBatcher:
         self.changed = threading.Condition(self.lock)
         self.idle = 0
         """Runners that look again when `changed` says so."""
+        self.look_ns = NEVER
+        """One of the idle looks again by then, without being told."""
 
     def configure(self, limits: Batching, sampling: Sampling) -> None:
         with self.lock:
@@ -250,7 +253,7 @@ class PythonBatcher:
             self.requests[ticket] = request
             request.arrived_ns = now_ns
             request.traced, request.logged = self.sampler.arrived(request.parent, now_ns)
-            if self.idle and (self.line.waiting == 1 or not self.line.wait_ns(now_ns)):
+            if self.idle and now_ns + self.line.wait_ns(now_ns) < self.look_ns:
                 self.changed.notify()
         return ticket
 
@@ -281,7 +284,7 @@ class PythonBatcher:
                 if not batch and not late:
                     if self.closed and not self.line.waiting:
                         return None
-                    self.rest(turn.wait_ns)
+                    self.rest(now_ns, turn.wait_ns)
                     continue
                 if self.idle and self.line.waiting:
                     self.changed.notify()
@@ -290,13 +293,14 @@ class PythonBatcher:
             if batch:
                 return PythonBatch(self, named(batch), now_ns)
 
-    def rest(self, wait_ns: int) -> None:
+    def rest(self, now_ns: int, wait_ns: int) -> None:
         """Until something changed, at most so long; 0: as long as it takes."""
         self.idle += 1
-        try:
-            self.changed.wait(wait_ns / NS if wait_ns else None)
-        finally:
-            self.idle -= 1
+        if wait_ns:
+            self.look_ns = min(self.look_ns, now_ns + wait_ns)
+        self.changed.wait(wait_ns / NS if wait_ns else None)
+        self.look_ns = NEVER
+        self.idle -= 1
 
     def tell_late(self, request: Request, by_client: bool, now_ns: int) -> None:
         waited_ms = (now_ns - request.arrived_ns) // MS

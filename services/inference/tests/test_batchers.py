@@ -4,6 +4,7 @@ by Python's and C++'s batcher alike."""
 import gc
 import random
 import re
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,13 @@ from services.inference.tests.callers import (
     taken,
     threads,
 )
+
+LOOSE = Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])])
+
+
+class Silent(Caller):
+    def answered(self, *told: object) -> None:
+        self.done.set()
 
 
 @both
@@ -193,18 +201,44 @@ def test_a_deadline_or_timeout_that_passed_is_told_and_not_computed(make: Make) 
 
 
 @both
-def test_who_is_late_is_told_while_the_others_still_wait_for_their_batch(make: Make) -> None:
-    """The delay is ten minutes; the runner wakes for the deadline."""
+def test_a_runner_that_waits_for_a_batch_wakes_for_who_is_late_and_for_the_last_of_it(
+    make: Make,
+) -> None:
+    """The delay is ten minutes."""
     batcher = configured(make, Batching(max_batch_size=2, max_queue_delay_microseconds=600_000_000))
-    first, late, last = Caller(1), Caller(2), Caller(3)
     with runners(batcher, 1):
-        late.join(batcher, deadline_ns=time.monotonic_ns() + 1000)
-        assert late.done.wait(PATIENCE_S)
-        first.join(batcher)
-        last.join(batcher)
-        assert last.done.wait(PATIENCE_S)
-    assert first.answer.batch_rows == last.answer.batch_rows == 2
-    assert len(late.told) == 1
+        for _ in range(50):
+            first, late, last = Caller(1), Caller(2), Caller(3)
+            first.join(batcher)
+            late.join(batcher, deadline_ns=time.monotonic_ns() - 1)
+            assert late.done.wait(PATIENCE_S)
+            last.join(batcher)
+            assert last.done.wait(PATIENCE_S)
+            assert first.answer.batch_rows == last.answer.batch_rows == 2
+            assert len(late.told) == 1
+
+
+@both
+def test_a_batch_that_runs_for_long_keeps_nobody_from_an_idle_runner(make: Make) -> None:
+    """The two kinds come at once and are due one after the other; the first is answered last."""
+    batcher = make(Lane("loose", "1", LOOSE, batched=True, opaque=False))
+    batcher.configure(Batching(max_queue_delay_microseconds=200), QUIET)
+    done = [threading.Semaphore(0), threading.Semaphore(0)]
+
+    def serve(_: int) -> None:
+        while (batch := batcher.take()) is not None:
+            width = batch.inputs()["x"].shape[1]
+            if width == 1:
+                assert done[1].acquire(timeout=PATIENCE_S)
+            batch.answer({"y": np.zeros(1, np.float32)})
+            done[width - 1].release()
+
+    with threads(2, serve):
+        for _ in range(100):
+            for width in (1, 2):
+                batcher.join({"x": np.zeros((1, width), np.float32)}, 1, Silent())
+            assert done[0].acquire(timeout=PATIENCE_S)
+        batcher.close()
 
 
 @both
@@ -293,8 +327,7 @@ def test_a_batch_is_gathered_in_order_and_contiguous(make: Make) -> None:
 
 @both
 def test_only_equal_shapes_share_a_batch(make: Make) -> None:
-    loose = Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])])
-    batcher = make(Lane("loose", "1", loose, batched=True, opaque=False))
+    batcher = make(Lane("loose", "1", LOOSE, batched=True, opaque=False))
     batcher.configure(Batching(), QUIET)
     for width in (3, 1, 3, 2, 1):
         batcher.join({"x": np.full((1, width), width, np.float32)}, 1, Caller())

@@ -334,6 +334,14 @@ def test_the_delayed_are_served_behind_every_priority(make: Make) -> None:
 
 
 @both
+def test_who_was_delayed_still_has_the_clients_deadline(make: Make) -> None:
+    given = Batching(timeout_action="DELAY", max_queue_delay_microseconds=100)
+    line = joined(make, given, Join(1, timeout_us=2, deadline_us=3))
+    assert line.take(2000) == Turn([], [], 1000)
+    assert line.take(3000) == Turn([], [(1, True)], 0)
+
+
+@both
 def test_the_line_is_as_long_as_it_may_be_and_no_longer(make: Make) -> None:
     line = joined(make, Batching(max_queue_size=3), Join(1), Join(1), Join(1))
     assert not line.join(4, 1, 0, 9)
@@ -356,12 +364,11 @@ def test_who_waits_under_new_limits_is_served_even_when_it_is_too_large_for_them
 
 def test_who_left_is_forgotten_however_far_its_deadline_is() -> None:
     line = Line(Batching(max_queue_size=10))
-    for key in range(1, 5000):
+    assert line.join(1, 1, 0, 0, deadline_ns=1 << 59)
+    for key in range(2, 1000):
         line.join(key, 1, key, key, deadline_ns=1 << 60)
-        if key % 2:
-            line.leave(key)
-        else:
-            line.take(key)
+        line.leave(key)
         assert len(line.expiries) <= 2 * 10 + STALE_MAX + 1
+    assert line.take(5000).batch == [1]
     line.take(5000)
     assert [line.items, line.levels, line.kinds, line.rows, line.expiries] == [{}, {}, {}, {}, []]
