@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline check bench bench-peers generate format clean
+.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline native native-sanitized check bench bench-peers generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,6 +36,12 @@ soak: setup ## ten minutes of load on one server, its memory flat: SECONDS_OF_SO
 
 test-compose: setup ## the loop, the demo and the faults in containers; starts a Docker engine where it can
 	@scripts/test_compose.sh
+
+native: setup ## the C++ front and its wheel, with what it is compiled with
+	@scripts/native.sh wheel
+
+native-sanitized: setup ## the C++ front under sanitizers: mutated messages, broken HTTP/2, many threads
+	@$(PYTHON) native/build.py sanitized
 
 images-offline: ## stand-ins for the base images, where no image registry is reached
 	@scripts/images_offline.sh

@@ -1,0 +1,146 @@
+"""The front alone: `python -m bench.front [native|python] [MODEL ...]`, one core for it, one for
+h2load.
+
+Prints requests/s and the median latency at three concurrencies for an identity float32[64] in numpy
+and for an mlp 64-128-10 through onnxruntime, and where a request's time went.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from libs.contracts.artifacts import Signature, Tensor
+from libs.contracts.pipeline import Batching
+from libs.contracts.protos import open_inference_pb2 as oip
+from services.inference import native, python_front
+from services.inference.front import Batcher, Lane, Sampling
+from services.inference.tensors import Arrays
+
+MODULES = {"native": native, "python": python_front}
+LOADS = {1: 1, 8: 8, 64: 8}
+"""Concurrency -> connections."""
+SECONDS = 3
+WIDTH, HIDDEN, CLASSES = 64, 128, 10
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+SERVER_CORE, CLIENT_CORE = 0, 1
+Run = Callable[[Arrays], Arrays]
+
+
+def identity() -> Run:
+    return lambda inputs: {"OUT": inputs["IN"]}
+
+
+def mlp() -> Run:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.default_rng(0)
+    sizes = {"w1": (WIDTH, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)}
+    weights = [
+        numpy_helper.from_array(draw.standard_normal(size).astype(np.float32), name)
+        for name, size in sizes.items()
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["IN", "w1", "b1"], ["hidden"]),
+            helper.make_node("Relu", ["hidden"], ["active"]),
+            helper.make_node("Gemm", ["active", "w2", "b2"], ["OUT"]),
+        ],
+        "mlp",
+        [helper.make_tensor_value_info("IN", TensorProto.FLOAT, ["rows", WIDTH])],
+        [helper.make_tensor_value_info("OUT", TensorProto.FLOAT, ["rows", CLASSES])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return lambda inputs: {"OUT": session.run(["OUT"], inputs)[0]}
+
+
+MODELS: dict[str, tuple[Callable[[], Run], int]] = {
+    "identity": (identity, WIDTH),
+    "mlp": (mlp, CLASSES),
+}
+
+
+def work(batcher: Batcher, run: Run) -> None:
+    while (batch := batcher.take()) is not None:
+        batch.answer(run(batch.inputs()))
+
+
+@contextlib.contextmanager
+def body_of(model: str) -> Iterator[str]:
+    """A file with one request as gRPC frames it."""
+    request = oip.ModelInferRequest(
+        model_name=model,
+        inputs=[
+            oip.ModelInferRequest.InferInputTensor(name="IN", datatype="FP32", shape=[1, WIDTH])
+        ],
+        raw_input_contents=[np.arange(WIDTH, dtype=np.float32).tobytes()],
+    ).SerializeToString()
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(b"\0" + len(request).to_bytes(4, "big") + request)
+        yield file.name
+
+
+def load(port: int, body: str, concurrency: int) -> tuple[float, str]:
+    """(requests/s, latencies as h2load prints them); every request has to succeed."""
+    connections = LOADS[concurrency]
+    command = [
+        *("taskset", "-c", str(CLIENT_CORE), "h2load", "-D", str(SECONDS), "--warm-up-time=1"),
+        *("-c", str(connections), "-m", str(concurrency // connections), "-d", body),
+        *("-H", "content-type: application/grpc", "-H", "te: trailers"),
+        f"http://127.0.0.1:{port}{METHOD}",
+    ]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = re.search(r"requests: (\d+) total.* (\d+) succeeded, (\d+) failed", said)
+    rate = re.search(r"finished in .*?, ([\d.]+) req/s", said)
+    times = re.search(r"time for request: +(.*)", said)
+    assert done is not None, said
+    assert rate is not None, said
+    assert times is not None, said
+    assert int(done[3]) == 0, said
+    return float(rate[1]), times[1]
+
+
+async def measure(kind: str, name: str) -> None:
+    make, width = MODELS[name]
+    run = make()
+    front: Any = await MODULES[kind].open_front("127.0.0.1", 0, False, lambda call: None, ())
+    takes, gives = Tensor("IN", "FP32", [-1, WIDTH]), Tensor("OUT", "FP32", [-1, width])
+    batcher = front.batcher(Lane(name, "1", Signature([takes], [gives]), True, False))
+    batcher.configure(Batching(), Sampling(0.0, 0, 0.0))
+    front.route(name, {"1": 100}, {"1": batcher})
+    runner = threading.Thread(target=work, args=(batcher, run))
+    runner.start()
+    with body_of(name) as body:
+        for concurrency in LOADS:
+            rate, times = await asyncio.to_thread(load, front.port, body, concurrency)
+            print(f"{kind} {name:>8} c{concurrency:<3} {rate:>9,.0f} req/s  {times}")
+    counts = batcher.counts()
+    assert not counts.failures, counts
+    mean_rows = counts.inference_count / sum(runs for runs, *_ in counts.batches.values())
+    print(f"{kind} {name:>8} rows a batch {mean_rows:.1f}")
+    if kind == "native":
+        print({stage: round(us, 2) for stage, us in sorted(front.stages().items())})
+    batcher.close()
+    runner.join()
+    await front.close(1.0)
+
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {SERVER_CORE})
+    which = sys.argv[1] if len(sys.argv) > 1 else "native"
+    for one in sys.argv[2:] or MODELS:
+        asyncio.run(measure(which, one))

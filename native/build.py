@@ -1,0 +1,111 @@
+"""Compiles leptonic_native: `build.py install` into this interpreter, `build.py wheel` also as a
+wheel in dist/native, `build.py sanitized` the checks of `make native-sanitized`.
+
+g++ alone: a build system would be more than what it builds.
+"""
+
+import base64
+import hashlib
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nanobind
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+BUILD = ROOT / "build" / "native"
+NAME = "leptonic_native"
+VERSION = "0.1.0"
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+CORE = ("line", "wire", "sampling", "tally", "mailbox", "batcher", "batch", "session", "front")
+FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-field-initializers")
+
+
+def fingerprint() -> str:
+    """Of everything the extension is made from."""
+    parts = [sys.version, nanobind.__version__, *FLAGS]
+    for path in [*sorted(HERE.glob("*.[hc]*")), Path(__file__)]:
+        parts += [path.name, path.read_text()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def includes() -> list[str]:
+    nano = Path(nanobind.include_dir())
+    robin = Path(nanobind.source_dir()).parent / "ext" / "robin_map" / "include"
+    folders = (Path(sysconfig.get_paths()["include"]), nano, robin)
+    return [f"-isystem{folder}" for folder in folders]
+
+
+def compiled(source: Path) -> Path:
+    """Its object file; an older one is taken when nothing that it is made from has changed."""
+    target = BUILD / f"{source.stem}.o"
+    newest = max(path.stat().st_mtime for path in [source, Path(__file__), *HERE.glob("*.h")])
+    if not target.exists() or target.stat().st_mtime < newest:
+        command = ["g++", *FLAGS, *WARNINGS, *includes(), "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+    return target
+
+
+def built() -> Path:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    target, stamp = BUILD / f"{NAME}{SUFFIX}", BUILD / "fingerprint"
+    now = fingerprint()
+    if target.exists() and stamp.exists() and stamp.read_text() == now:
+        return target
+    nano = Path(nanobind.source_dir()) / "nb_combined.cpp"
+    sources = [nano, HERE / "module.cpp", *(HERE / f"{name}.cpp" for name in CORE)]
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compiled, sources))
+    link = ["g++", "-shared", "-s", *map(str, objects), "-lnghttp2", "-o", str(target)]
+    subprocess.run(link, check=True)
+    stamp.write_text(now)
+    return target
+
+
+def install(library: Path) -> str:
+    """Replaces, never overwrites: a process may have the old one mapped."""
+    target = Path(sysconfig.get_paths()["platlib"]) / library.name
+    if target.exists() and target.read_bytes() == library.read_bytes():
+        return "built already"
+    fresh = target.with_suffix(".new")
+    fresh.write_bytes(library.read_bytes())
+    fresh.rename(target)
+    return "built"
+
+
+def wheel(library: Path) -> Path:
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    folder = f"{NAME}-{VERSION}.dist-info"
+    files = {
+        library.name: library.read_bytes(),
+        f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n".encode(),
+        f"{folder}/WHEEL": (
+            "Wheel-Version: 1.0\nGenerator: leptonic\nRoot-Is-Purelib: false\n"
+            f"Tag: {tag}-{tag}-{platform}\n"
+        ).encode(),
+    }
+    record = [f"{name},sha256={digest(data)},{len(data)}" for name, data in files.items()]
+    files[f"{folder}/RECORD"] = "\n".join([*record, f"{folder}/RECORD,,", ""]).encode()
+    target = ROOT / "dist" / "native" / f"{NAME}-{VERSION}-{tag}-{tag}-{platform}.whl"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return target
+
+
+def digest(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+if __name__ == "__main__":
+    library = built()
+    print(f"native front: {install(library)}")
+    if sys.argv[1:] == ["wheel"]:
+        print(wheel(library).relative_to(ROOT))

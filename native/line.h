@@ -1,0 +1,90 @@
+// Who waits for a model, and who is served together: a state machine that knows no clock.
+// The same rules as services/inference/line.py, step by step; the same tests run over both.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <vector>
+
+namespace leptonic {
+
+// Triton's names; see libs/contracts/pipeline.py.
+struct Limits {
+  int64_t max_batch_size = 64;
+  std::vector<int64_t> preferred_batch_size;
+  int64_t max_queue_delay_ns = 0;
+  int64_t max_queue_size = 1024;
+  uint64_t priority_levels = 0;
+  uint64_t default_priority_level = 0;
+  int64_t default_timeout_us = 0;
+  bool allow_timeout_override = true;
+  bool delay_late = false;  // timeout_action DELAY, else REJECT
+};
+
+// A request's place in the line. Times of 0 are none.
+struct Place {
+  uint64_t key;
+  int64_t rows;
+  uint64_t kind;
+  int64_t arrived_ns;
+  int64_t deadline_ns;
+  int64_t timeout_ns;  // when its queue timeout is over
+  uint64_t level;
+  uint64_t arrival;  // how many had come before
+  void* request;     // whoever owns the line knows what it is
+
+  int64_t expiry_ns() const;
+};
+
+struct Late {
+  Place place;
+  bool by_client;  // the client's deadline rather than a queue timeout
+};
+
+// What to do now: answer `late` with an error, then run the batch, or look again.
+struct Turn {
+  std::vector<Place> batch;
+  std::vector<Late> late;
+  int64_t wait_ns = 0;  // 0 with an empty batch: nothing waits
+};
+
+class Line {
+ public:
+  explicit Line(Limits limits);
+
+  // Priorities and timeouts of those who wait already stay as they are.
+  void configure(Limits limits);
+  // False when max_queue_size requests wait already.
+  bool join(uint64_t key, int64_t rows, uint64_t kind, int64_t now_ns, int64_t deadline_ns,
+            int64_t timeout_us, uint64_t priority, void* request = nullptr);
+  // What was given with it; nullptr when it is not in line.
+  void* leave(uint64_t key);
+  void take(int64_t now_ns, Turn& turn);
+  // Everybody's, in order; nobody waits any more.
+  std::vector<void*> dissolve();
+  int64_t waiting() const { return waiting_; }
+  const Limits& limits() const { return limits_; }
+
+ private:
+  using Row = std::deque<Place>;
+
+  void add(const Place& place);
+  int64_t timeout_ns(int64_t now_ns, int64_t timeout_us) const;
+  uint64_t level(uint64_t priority) const;
+  void expire(int64_t now_ns, Turn& turn);
+  int64_t wait_ns(int64_t now_ns) const;
+  bool is_enough(uint64_t kind) const;
+  void gather(std::vector<Place>& batch) const;
+  void cut(std::vector<Place>& batch) const;
+  void remove(const std::vector<Place>& batch);
+
+  Limits limits_;
+  int64_t enough_rows_ = 0;
+  std::map<uint64_t, Row> levels_;  // priority -> in order of arrival; no empty ones
+  int64_t waiting_ = 0;
+  uint64_t arrivals_ = 0;
+  int64_t soonest_ns_ = INT64_MAX;  // nobody expires before; who left may have
+};
+
+}  // namespace leptonic
