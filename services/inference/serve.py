@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -36,7 +37,10 @@ from services.inference.tensors import bracketed
 log = logging.getLogger(__name__)
 OPEN_INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 PROJECT = "default"
-NO_RATES = Rates(0, 0)
+FRONT = "LEPTONIC_INFERENCE_FRONT"
+"""As for the service: auto, native or python."""
+UNTRACED, TRACED = Rates(0, 0), Rates(100, 0)
+"""As the service does by default; nothing is logged, and traced only where traces are taken."""
 EXAMPLE_CHARACTERS_MAX = 1000
 """A longer body makes no line to copy."""
 
@@ -82,8 +86,9 @@ async def serve(options: argparse.Namespace) -> None:
 async def serving(options: argparse.Namespace) -> AsyncIterator[Drain]:
     async with contextlib.AsyncExitStack() as stack:
         host = Host([MODEL_INFER, MODEL_STREAM_INFER])
-        front = fronts.make("auto", host.host, options.token)
-        endpoints = Endpoints(front, Notes(None, options.server_name, NO_RATES), PROJECT)
+        front = fronts.make(os.environ.get(FRONT, "auto"), host.host, options.token)
+        rates = TRACED if options.otlp_endpoint else UNTRACED
+        endpoints = Endpoints(front, Notes(None, options.server_name, rates), PROJECT)
         stack.push_async_callback(endpoints.close)
         repository = Repository(options.path, options.model_control_mode, endpoints)
         stack.push_async_callback(repository.close)
