@@ -12,6 +12,8 @@ from services.inference.served import Served
 from services.inference.tensors import Array, Arrays, Given, Unfit
 
 Parameter = bool | int | float | str
+WHOLE_MAX = (1 << 63) - 1
+"""What every front can count with."""
 
 
 class Call(NamedTuple):
@@ -100,8 +102,9 @@ def rows_of(model: Model, inputs: Arrays) -> int:
 
 
 def whole(call: Call, name: str) -> int:
-    """A parameter that is a number from 0 up; 0 when it is not there."""
+    """A parameter that is a number from 0 to `WHOLE_MAX`; 0 when it is not there."""
     value = call.parameters.get(name, 0)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise Invalid(f"a whole number from 0 up, got {value!r}", f"parameters.{name}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= WHOLE_MAX:
+        problem = f"a whole number from 0 to {WHOLE_MAX}, got {str(value)[:40]}"
+        raise Invalid(problem, f"parameters.{name}")
     return value

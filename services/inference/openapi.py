@@ -51,6 +51,7 @@ LOGGED = closed(
     | {"log_verbose_level": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}}
 )
 Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+I64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
 
@@ -78,7 +79,7 @@ class IndexRequest(msgspec.Struct):
 class ControlRequest(msgspec.Struct):
     """`config`: a ModelConfig in JSON; `file:1/model.onnx` and the like: base64."""
 
-    parameters: dict[str, bool | int | str] = {}
+    parameters: dict[str, bool | I64 | str] = {}
 
 
 class Registration(msgspec.Struct):

@@ -29,6 +29,7 @@ from services.inference.server import OpenInference
 
 RETRY_AFTER_S = "1"
 UNAVAILABLE = 503
+U32_MAX = (1 << 32) - 1
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -106,9 +107,9 @@ class Rest:
     async def logging(self, request: Request) -> Response:
         asked = oip.LogSettingsRequest()
         if request.method == "POST":
-            given = await object_of(request, dict[str, bool | openapi.U32 | str])
+            given = await object_of(request, dict[str, bool | openapi.U32 | float | str])
             for name, value in given.items():
-                asked.settings[name].CopyFrom(log_setting(value))
+                asked.settings[name].CopyFrom(log_setting(name, value))
         found = await self.service.LogSettings(asked, None)
         return JSONResponse(
             {name: next(iter(plain(one).values())) for name, one in found.settings.items()}
@@ -253,9 +254,14 @@ def traced(name: str, value: oip.TraceSettingResponse.SettingValue) -> str | lis
     return values[0] if name != "trace_level" and len(values) == 1 else values
 
 
-def log_setting(value: bool | int | str) -> oip.LogSettingsRequest.SettingValue:
+def log_setting(name: str, value: bool | float | str) -> oip.LogSettingsRequest.SettingValue:
+    """A whole number may be written as 1.0."""
     if isinstance(value, bool):
         return oip.LogSettingsRequest.SettingValue(bool_param=value)
+    if isinstance(value, float):
+        if not value.is_integer() or not 0 <= value <= U32_MAX:
+            raise Invalid(f"a whole number from 0 to {U32_MAX}, got {value}", name)
+        value = int(value)
     if isinstance(value, int):
         return oip.LogSettingsRequest.SettingValue(uint32_param=value)
     return oip.LogSettingsRequest.SettingValue(string_param=value)
