@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from google.protobuf import text_format
 
 from libs.contracts.artifacts import Signature, Tensor
@@ -143,6 +144,16 @@ async def opened(repository: Any = None) -> AsyncIterator[Desk]:
     await endpoints.close()
 
 
+@contextlib.asynccontextmanager
+async def three() -> AsyncIterator[Desk]:
+    """`double`, `counter` (decoupled) and `sum` (stateful)."""
+    async with opened() as made:
+        await made.serve("double", double())
+        await made.serve("counter", counter())
+        await made.serve("sum", running_sum(), STATEFUL)
+        yield made
+
+
 def request(
     model: str, raw: bytes, shape: list[int], datatype: str = "FP32", **said: Any
 ) -> oip.ModelInferRequest:
@@ -161,3 +172,13 @@ def row(*values: float) -> bytes:
 
 def number(value: int) -> bytes:
     return np.array([value], np.int32).tobytes()
+
+
+async def refused(call: Any) -> tuple[str, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call
+    return error.value.code().name, error.value.details() or ""
+
+
+def numbers(answer: oip.ModelInferResponse, kind: Any = np.float32) -> list[Any]:
+    return list(np.frombuffer(answer.raw_output_contents[0], kind))

@@ -1,56 +1,35 @@
-"""The whole Open Inference Protocol over gRPC, as a client meets it."""
+"""The Open Inference Protocol over gRPC, call by call, as a client meets it."""
 
-import asyncio
-import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference.sharedmemory import FOLDER
-from services.inference.streams import PENDING_MAX
 from services.inference.tensors import CONTENTS, DTYPES, to_raw, to_values
 from services.inference.tests.desk import (
     BROKEN,
-    RATES,
-    STATEFUL,
     Desk,
-    counter,
-    double,
     echo,
     number,
     opened,
+    refused,
     request,
     row,
-    running_sum,
+    three,
 )
-from stack.testing import eventually
 
 VALUES = {"BOOL": [[True, False]], "BYTES": [[b"a\0b", "é".encode()]]}
 
 
 @pytest.fixture
 async def desk() -> AsyncIterator[Desk]:
-    async with opened() as made:
-        await made.serve("double", double())
-        await made.serve("counter", counter())
-        await made.serve("sum", running_sum(), STATEFUL)
+    async with three() as made:
         yield made
-
-
-async def refused(call: Any) -> tuple[str, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await call
-    return error.value.code().name, error.value.details() or ""
-
-
-def numbers(answer: oip.ModelInferResponse, kind: Any = np.float32) -> list[Any]:
-    return list(np.frombuffer(answer.raw_output_contents[0], kind))
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -267,240 +246,3 @@ async def test_there_is_no_memory_of_a_gpu(desk: Desk) -> None:
     assert (code, "GPUs not supported" in said) == ("INVALID_ARGUMENT", True)
     named = desk.stub.CudaSharedMemoryStatus(oip.CudaSharedMemoryStatusRequest(name="r"))
     assert (await refused(named))[0] == "NOT_FOUND"
-
-
-async def streamed(desk: Desk, *asked: oip.ModelInferRequest) -> list[oip.ModelStreamInferResponse]:
-    return [one async for one in desk.stub.ModelStreamInfer(iter(asked))]
-
-
-def is_final(answer: oip.ModelStreamInferResponse) -> bool:
-    return answer.infer_response.parameters["triton_final_response"].bool_param
-
-
-async def test_a_stream_answers_in_order_and_shares_batches(desk: Desk) -> None:
-    count = 3 * PENDING_MAX
-    model = desk.endpoints.served("double", "").model
-    asked = [request("double", row(n, 0), [1, 2]) for n in range(count)]
-    for n, one in enumerate(asked):
-        one.id = f"r{n}"
-    answers = await streamed(desk, *asked)
-    assert [one.infer_response.id for one in answers] == [f"r{n}" for n in range(count)]
-    assert [numbers(one.infer_response)[0] for one in answers] == [2 * n for n in range(count)]
-    assert all(is_final(one) for one in answers)
-    assert max(model.rows) > 1  # type: ignore[attr-defined]
-
-
-async def test_an_error_in_a_stream_is_an_answer(desk: Desk) -> None:
-    bad = request("nobody", b"", [1])
-    bad.id = "mine"
-    answers = await streamed(desk, request("double", row(1, 2), [1, 2]), bad, bad)
-    assert [bool(one.error_message) for one in answers] == [False, True, True]
-    assert answers[1].error_message == "Request for unknown model: 'nobody' is not found"
-    assert answers[1].infer_response.id == "mine"
-
-
-@pytest.mark.parametrize("empty_final", [True, False])
-async def test_a_decoupled_model_answers_as_often_as_it_likes(
-    desk: Desk, empty_final: bool
-) -> None:
-    said = {"triton_enable_empty_final_response": empty_final}
-    asked = [request("counter", number(n), [1], "INT32", **said) for n in (3, 0)]
-    asked[0].id, asked[1].id = "three", "none"
-    answers = [one.infer_response for one in await streamed(desk, *asked)]
-    three = [one for one in answers if one.id == "three"]
-    assert [numbers(one, np.int32) for one in three if one.outputs] == [[0], [1], [2]]
-    finals = [one.id for one in answers if one.parameters["triton_final_response"].bool_param]
-    assert sorted(finals) == (["none", "three"] if empty_final else [])
-    assert all(one.model_version == "1" for one in answers)
-
-
-async def test_a_decoupled_model_that_fails_says_so(desk: Desk) -> None:
-    (answer,) = await streamed(desk, request("counter", number(BROKEN), [1], "INT32"))
-    assert answer.error_message == "model 'counter' version 1 failed: it cannot"
-
-
-async def test_many_answers_wait_for_a_slow_reader(desk: Desk) -> None:
-    stream = desk.stub.ModelStreamInfer(iter([request("counter", number(500), [1], "INT32")]))
-    found = [numbers((await stream.read()).infer_response, np.int32)[0] for _ in range(500)]
-    assert found == list(range(500))
-    stream.cancel()
-
-
-async def test_a_sequence_keeps_its_state_over_a_stream_and_over_calls(desk: Desk) -> None:
-    asked = [
-        request("sum", number(x), [1, 1], "INT32", sequence_id=sequence, **said)
-        for x, said in ((1, {"sequence_start": True}), (2, {}), (3, {"sequence_end": True}))
-        for sequence in (7, "seven")
-    ]
-    answers = [numbers(one.infer_response, np.int32)[0] for one in await streamed(desk, *asked)]
-    assert answers == [1, 1, 3, 3, 6, 6]
-    calls = [numbers(await desk.stub.ModelInfer(one), np.int32)[0] for one in asked]
-    assert calls == [1, 1, 3, 3, 6, 6]
-
-
-async def test_deployments_decide_what_is_loaded(desk: Desk) -> None:
-    index = await desk.stub.RepositoryIndex(oip.RepositoryIndexRequest(ready=True))
-    assert {(one.name, one.version, one.state) for one in index.models} == {
-        ("double", "1", "READY"),
-        ("counter", "1", "READY"),
-        ("sum", "1", "READY"),
-    }
-    load = desk.stub.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="m"))
-    assert await refused(load) == (
-        "FAILED_PRECONDITION",
-        "failed to load 'm': deployments decide what is served here",
-    )
-    unload = desk.stub.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="m"))
-    assert (await refused(unload))[0] == "FAILED_PRECONDITION"
-    named = oip.RepositoryIndexRequest(repository_name="other")
-    assert (await refused(desk.stub.RepositoryIndex(named)))[0] == "UNIMPLEMENTED"
-
-
-class Shelf:
-    """A repository that remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[Any] = []
-
-    async def load(self, name: str, config: str = "", files: Mapping[str, bytes] = {}) -> None:
-        self.asked.append((name, config, dict(files)))
-
-    async def unload(self, name: str) -> None:
-        self.asked.append(name)
-
-    def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
-        return [("m", "", "UNAVAILABLE", "unloaded")]
-
-
-async def test_a_repository_is_told_what_to_load() -> None:
-    shelf = Shelf()
-    async with opened(shelf) as desk:
-        load = oip.RepositoryModelLoadRequest(model_name="m")
-        load.parameters["config"].string_param = "{}"
-        load.parameters["file:1/model.onnx"].bytes_param = b"graph"
-        await desk.stub.RepositoryModelLoad(load)
-        unload = oip.RepositoryModelUnloadRequest(model_name="m")
-        unload.parameters["unload_dependents"].bool_param = True
-        await desk.stub.RepositoryModelUnload(unload)
-        assert shelf.asked == [("m", "{}", {"file:1/model.onnx": b"graph"}), "m"]
-        index = await desk.stub.RepositoryIndex(oip.RepositoryIndexRequest())
-        assert index.models[0].reason == "unloaded"
-        load.parameters["config"].bytes_param = b"{}"
-        code, said = await refused(desk.stub.RepositoryModelLoad(load))
-        expected = "invalid value type for 'config' parameter, expected string_param."
-        assert (code, said) == ("INVALID_ARGUMENT", expected)
-        load.parameters["other"].bool_param = True
-        assert (await refused(desk.stub.RepositoryModelLoad(load)))[0] == "INVALID_ARGUMENT"
-
-
-async def trace(desk: Desk, model: str = "", **changes: list[str]) -> dict[str, list[str]]:
-    asked = oip.TraceSettingRequest(model_name=model)
-    for name, values in changes.items():
-        asked.settings[name].value.extend(values)
-        asked.settings[name].SetInParent()
-    found = await desk.stub.TraceSetting(asked)
-    return {name: list(one.value) for name, one in found.settings.items()}
-
-
-async def test_trace_settings_change_what_is_traced(desk: Desk) -> None:
-    def rates(model: str) -> float:
-        return desk.endpoints.served(model, "").rates.traces_per_s
-
-    before = await trace(desk)
-    assert before == {
-        "trace_level": ["TIMESTAMPS"],
-        "trace_rate": ["1"],
-        "trace_count": ["-1"],
-        "log_frequency": ["0"],
-        "trace_file": [""],
-        "trace_mode": ["opentelemetry"],
-    }
-    assert (await trace(desk, trace_rate=["3"]))["trace_rate"] == ["3"]
-    assert rates("double") == rates("sum") == RATES.traces_per_s / 3
-    assert (await trace(desk, "double", trace_level=["OFF"]))["trace_level"] == ["OFF"]
-    assert (rates("double"), rates("sum")) == (0, RATES.traces_per_s / 3)
-    await desk.serve("double", double(), version="2")
-    assert rates("double") == 0
-    assert (await trace(desk, "double", trace_level=[]))["trace_level"] == ["TIMESTAMPS"]
-    assert await trace(desk, trace_rate=[]) == before
-    assert rates("double") == RATES.traces_per_s
-
-
-@pytest.mark.parametrize(
-    ("model", "changes", "said"),
-    [
-        ("", {"trace_rate": ["0"]}, "trace_rate: one whole number from 1"),
-        ("", {"trace_rate": ["1", "2"]}, "trace_rate: one whole number"),
-        ("", {"trace_level": ["TENSORS"]}, "trace_level: OFF or TIMESTAMPS, got TENSORS"),
-        ("", {"trace_file": ["/tmp/x"]}, "trace_file is '' here and cannot be changed"),  # noqa: S108 - refused
-        ("", {"trace_count": ["5"]}, "trace_count is '-1' here"),
-        ("", {"else": ["5"]}, "unknown trace setting: 'else'"),
-        ("nobody", {}, "Request for unknown model: 'nobody'"),
-    ],
-)
-async def test_trace_settings_that_mean_nothing_are_refused(
-    desk: Desk, model: str, changes: dict[str, list[str]], said: str
-) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await trace(desk, model, **changes)
-    assert said in str(error.value.details())
-
-
-@pytest.fixture
-def log_level() -> Iterator[None]:
-    before = logging.getLogger().level
-    logging.getLogger().setLevel(logging.INFO)
-    yield
-    logging.getLogger().setLevel(before)
-
-
-async def log(desk: Desk, **changes: Any) -> dict[str, Any]:
-    asked = oip.LogSettingsRequest()
-    for name, value in changes.items():
-        kinds = {bool: "bool_param", int: "uint32_param", str: "string_param"}
-        setattr(asked.settings[name], kinds[type(value)], value)
-    found = await desk.stub.LogSettings(asked)
-    return {n: getattr(v, v.WhichOneof("parameter_choice")) for n, v in found.settings.items()}
-
-
-async def test_log_settings_change_what_is_written(log_level: None) -> None:
-    root = logging.getLogger()
-    async with opened() as desk:
-        assert await log(desk) == {
-            "log_file": "",
-            "log_info": True,
-            "log_warning": True,
-            "log_error": True,
-            "log_verbose_level": 0,
-            "log_format": "default",
-        }
-        assert (await log(desk, log_verbose_level=1))["log_verbose_level"] == 1
-        assert root.level == logging.DEBUG
-        assert not (await log(desk, log_verbose_level=0, log_info=False))["log_info"]
-        assert root.level == logging.WARNING
-        await log(desk, log_warning=False, log_error=False)
-        assert not root.isEnabledFor(logging.CRITICAL)
-        for name, value in {
-            "log_file": "x",
-            "log_info": 1,
-            "log_verbose_level": "1",
-            "no": 1,
-        }.items():
-            with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
-                await log(desk, **{name: value})
-
-
-async def test_a_client_that_goes_takes_its_stream_with_it(desk: Desk) -> None:
-    asked = asyncio.Event()
-
-    async def requests() -> AsyncIterator[oip.ModelInferRequest]:
-        yield request("counter", number(1_000_000), [1], "INT32")
-        asked.set()
-        await asyncio.Event().wait()
-
-    stream = desk.stub.ModelStreamInfer(requests())
-    await stream.read()
-    await asked.wait()
-    stream.cancel()
-    served = desk.endpoints.served("counter", "")
-    await eventually(lambda: served.streams == 0)

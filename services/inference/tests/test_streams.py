@@ -1,0 +1,111 @@
+"""Streams: answers in order or as they come, errors among them, sequences with their state."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from libs.contracts.protos import open_inference_pb2 as oip
+from services.inference.streams import PENDING_MAX
+from services.inference.tests.desk import (
+    BROKEN,
+    Desk,
+    number,
+    numbers,
+    request,
+    row,
+    three,
+)
+from stack.testing import eventually
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    async with three() as made:
+        yield made
+
+
+async def streamed(desk: Desk, *asked: oip.ModelInferRequest) -> list[oip.ModelStreamInferResponse]:
+    return [one async for one in desk.stub.ModelStreamInfer(iter(asked))]
+
+
+def is_final(answer: oip.ModelStreamInferResponse) -> bool:
+    return answer.infer_response.parameters["triton_final_response"].bool_param
+
+
+async def test_a_stream_answers_in_order_and_shares_batches(desk: Desk) -> None:
+    count = 3 * PENDING_MAX
+    model = desk.endpoints.served("double", "").model
+    asked = [request("double", row(n, 0), [1, 2]) for n in range(count)]
+    for n, one in enumerate(asked):
+        one.id = f"r{n}"
+    answers = await streamed(desk, *asked)
+    assert [one.infer_response.id for one in answers] == [f"r{n}" for n in range(count)]
+    assert [numbers(one.infer_response)[0] for one in answers] == [2 * n for n in range(count)]
+    assert all(is_final(one) for one in answers)
+    assert max(model.rows) > 1  # type: ignore[attr-defined]
+
+
+async def test_an_error_in_a_stream_is_an_answer(desk: Desk) -> None:
+    bad = request("nobody", b"", [1])
+    bad.id = "mine"
+    answers = await streamed(desk, request("double", row(1, 2), [1, 2]), bad, bad)
+    assert [bool(one.error_message) for one in answers] == [False, True, True]
+    assert answers[1].error_message == "Request for unknown model: 'nobody' is not found"
+    assert answers[1].infer_response.id == "mine"
+
+
+@pytest.mark.parametrize("empty_final", [True, False])
+async def test_a_decoupled_model_answers_as_often_as_it_likes(
+    desk: Desk, empty_final: bool
+) -> None:
+    said = {"triton_enable_empty_final_response": empty_final}
+    asked = [request("counter", number(n), [1], "INT32", **said) for n in (3, 0)]
+    asked[0].id, asked[1].id = "three", "none"
+    answers = [one.infer_response for one in await streamed(desk, *asked)]
+    three = [one for one in answers if one.id == "three"]
+    assert [numbers(one, np.int32) for one in three if one.outputs] == [[0], [1], [2]]
+    finals = [one.id for one in answers if one.parameters["triton_final_response"].bool_param]
+    assert sorted(finals) == (["none", "three"] if empty_final else [])
+    assert all(one.model_version == "1" for one in answers)
+
+
+async def test_a_decoupled_model_that_fails_says_so(desk: Desk) -> None:
+    (answer,) = await streamed(desk, request("counter", number(BROKEN), [1], "INT32"))
+    assert answer.error_message == "model 'counter' version 1 failed: it cannot"
+
+
+async def test_many_answers_wait_for_a_slow_reader(desk: Desk) -> None:
+    stream = desk.stub.ModelStreamInfer(iter([request("counter", number(500), [1], "INT32")]))
+    found = [numbers((await stream.read()).infer_response, np.int32)[0] for _ in range(500)]
+    assert found == list(range(500))
+    stream.cancel()
+
+
+async def test_a_sequence_keeps_its_state_over_a_stream_and_over_calls(desk: Desk) -> None:
+    asked = [
+        request("sum", number(x), [1, 1], "INT32", sequence_id=sequence, **said)
+        for x, said in ((1, {"sequence_start": True}), (2, {}), (3, {"sequence_end": True}))
+        for sequence in (7, "seven")
+    ]
+    answers = [numbers(one.infer_response, np.int32)[0] for one in await streamed(desk, *asked)]
+    assert answers == [1, 1, 3, 3, 6, 6]
+    calls = [numbers(await desk.stub.ModelInfer(one), np.int32)[0] for one in asked]
+    assert calls == [1, 1, 3, 3, 6, 6]
+
+
+async def test_a_client_that_goes_takes_its_stream_with_it(desk: Desk) -> None:
+    asked = asyncio.Event()
+
+    async def requests() -> AsyncIterator[oip.ModelInferRequest]:
+        yield request("counter", number(1_000_000), [1], "INT32")
+        asked.set()
+        await asyncio.Event().wait()
+
+    stream = desk.stub.ModelStreamInfer(requests())
+    await stream.read()
+    await asked.wait()
+    stream.cancel()
+    served = desk.endpoints.served("counter", "")
+    await eventually(lambda: served.streams == 0)
