@@ -4,6 +4,7 @@ A small message travels inside its packet, a larger one as shared memory whose d
 Both sides use this file.
 """
 
+import math
 import mmap
 import os
 import socket
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 
 INLINE_BYTES_MAX = 64 << 10
 """Two copies through the kernel; above it, making and mapping shared memory costs less."""
-HEADER = struct.Struct("<IQ")
+HEADER = struct.Struct("<QQ")
 """Length of the head, length of the whole payload."""
 ALIGNMENT = 64
+PADDING = [bytes(size) for size in range(ALIGNMENT)]
+DESCRIPTOR = socket.CMSG_SPACE(4)
 LENGTH = struct.Struct("<I")
 STRINGS = "BYTES"
 Array = NDArray[Any]
@@ -31,7 +34,7 @@ class Place(NamedTuple):
     name: str
     kind: str
     """numpy's (`<f4`), or `STRINGS`: each with its length before it."""
-    shape: list[int]
+    shape: tuple[int, ...]
     start: int
     size: int
 
@@ -50,27 +53,39 @@ DECODE = msgspec.msgpack.Decoder(Message).decode
 
 
 class Channel:
-    """One end of a pair of `SOCK_SEQPACKET` sockets. Anybody may send; one thread receives."""
+    """One end of a pair of `SOCK_SEQPACKET` sockets.
+
+    The locks are for `close`, too: a descriptor closed under a thread that uses it may be another
+    file's by then.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.sending = Lock()
+        self.receiving = Lock()
         self.packet = bytearray(HEADER.size + INLINE_BYTES_MAX)
+
+    def close(self) -> None:
+        """Of a socket that was shut down, so that nobody waits in it."""
+        with self.sending, self.receiving:
+            self.sock.close()
 
     def send(self, message: Message, arrays: Arrays | None = None) -> None:
         """Raises `OSError` when the other side is gone."""
-        parts: list[Any] = []
+        parts: list[Any] = [b"", b""]
+        size = 0
         if arrays is not None:
-            message.tensors = list(laid_out(arrays, parts))
-        head = ENCODE(message)
-        parts[:0] = [head, bytes(-len(head) % ALIGNMENT)]
-        size = sum(part.nbytes if isinstance(part, np.ndarray) else len(part) for part in parts)
+            message.tensors, size = laid_out(arrays, parts)
+        parts[0] = head = ENCODE(message)
+        parts[1] = PADDING[-len(head) % ALIGNMENT]
+        size += len(head) + len(parts[1])
         header = HEADER.pack(len(head), size)
-        if size <= INLINE_BYTES_MAX:
-            with self.sending:
-                self.sock.sendall(b"".join([header, *parts]))
-        else:
+        if size > INLINE_BYTES_MAX:
             self.send_shared(header, parts)
+            return
+        packet = b"".join([header, *parts])
+        with self.sending:
+            self.sock.sendall(packet)
 
     def send_shared(self, header: bytes, parts: list[Any]) -> None:
         shared = os.memfd_create("batch", os.MFD_CLOEXEC)
@@ -86,40 +101,49 @@ class Channel:
 
     def receive(self) -> tuple[Message, Arrays] | None:
         """None when the other side is gone. Arrays are the receiver's own, writable."""
-        try:
-            count, ancillary, _, _ = self.sock.recvmsg_into([self.packet], socket.CMSG_SPACE(4))
-        except ConnectionResetError:
-            return None
-        if count == 0:
-            return None
-        head, size = HEADER.unpack_from(self.packet)
-        payload: Any
-        if ancillary:
-            payload = mapped(struct.unpack("i", ancillary[0][2])[0], size)
-        else:
-            payload = memoryview(self.packet)[HEADER.size : count].tobytes()
-        message = DECODE(memoryview(payload)[:head])
-        start = head + -head % ALIGNMENT
-        return message, {
-            one.name: taken_out(one, payload, start, own=bool(ancillary))
-            for one in message.tensors or ()
-        }
-
-    def close(self) -> None:
-        self.sock.close()
+        with self.receiving:
+            if self.sock.fileno() < 0:
+                return None
+            try:
+                count, ancillary, _, _ = self.sock.recvmsg_into([self.packet], DESCRIPTOR)
+            except ConnectionResetError:
+                return None
+            if count == 0:
+                return None
+            return taken_apart(self.packet, ancillary)
 
 
-def laid_out(arrays: Arrays, parts: list[Any]) -> Iterator[Place]:
-    """Appends to `parts` what lies at the places."""
+def taken_apart(packet: bytearray, ancillary: Any) -> tuple[Message, Arrays]:
+    head, size = HEADER.unpack_from(packet)
+    payload: Any = packet
+    start = HEADER.size
+    if ancillary:
+        payload, start = mapped(struct.unpack("i", ancillary[0][2])[0], size), 0
+    message = DECODE(memoryview(payload)[start : start + head])
+    start += head + -head % ALIGNMENT
+    arrays = {one.name: taken_out(one, payload, start) for one in message.tensors or ()}
+    if not ancillary:
+        arrays = {name: array.copy() for name, array in arrays.items()}
+    return message, arrays
+
+
+def laid_out(arrays: Arrays, parts: list[Any]) -> tuple[list[Place], int]:
+    """Appends to `parts` what lies at the places, and says how much that is."""
+    places: list[Place] = []
     start = 0
     for name, array in arrays.items():
-        kind = STRINGS if array.dtype.kind in "OSU" else array.dtype.str
-        content = packed(array.reshape(-1)) if kind == STRINGS else np.ascontiguousarray(array)
-        size = content.nbytes if isinstance(content, np.ndarray) else len(content)
+        kind = array.dtype.str
+        content: Any = array
+        if kind[1] in "OSU":
+            kind, content = STRINGS, packed(array.reshape(-1))
+        elif not array.flags.c_contiguous:
+            content = np.ascontiguousarray(array)
+        size = len(content) if kind is STRINGS else content.nbytes
+        places.append(Place(name, kind, array.shape, start, size))
         if size:
-            parts += [content, bytes(-size % ALIGNMENT)]
-        yield Place(name, kind, list(array.shape), start, size)
+            parts += (content, PADDING[-size % ALIGNMENT])
         start += size + -size % ALIGNMENT
+    return places, start
 
 
 def mapped(shared: int, size: int) -> mmap.mmap:
@@ -130,16 +154,14 @@ def mapped(shared: int, size: int) -> mmap.mmap:
         os.close(shared)
 
 
-def taken_out(place: Place, payload: Any, start: int, own: bool) -> Array:
+def taken_out(place: Place, payload: Any, start: int) -> Array:
     start += place.start
-    if place.kind == STRINGS:
-        content = memoryview(payload)[start : start + place.size]
-        array = np.empty(int(np.prod(place.shape)), object)
-        array[:] = list(unpacked(content))
-        return array.reshape(place.shape)
-    kind = np.dtype(place.kind)
-    array = np.frombuffer(payload, kind, place.size // kind.itemsize, start).reshape(place.shape)
-    return array if own else array.copy()
+    if place.kind != STRINGS:
+        return np.ndarray(place.shape, place.kind, payload, start)
+    content = memoryview(payload)[start : start + place.size]
+    array = np.empty(math.prod(place.shape), object)
+    array[:] = list(unpacked(content))
+    return array.reshape(place.shape)
 
 
 def packed(elements: Iterable[Any]) -> bytes:

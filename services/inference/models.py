@@ -6,7 +6,7 @@ Nothing whose bytes do not match their digest gets this far: `ObjectStore.get_bl
 
 import asyncio
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -162,8 +162,18 @@ class Artifacts(Protocol):
     async def get_blob(self, digest: str) -> bytes: ...
 
 
-async def load(objects: Artifacts, digest: str, cache: Cache | None = None) -> OnnxModel:
-    """Manifest digest -> a warm model.
+Build = Callable[[str, str, bytes, Signature], Model]
+"""(name, digest, graph, signature); blocks; raises `Unloadable`."""
+
+
+def in_process(name: str, digest: str, graph: bytes, signature: Signature) -> Model:
+    return OnnxModel(name, digest, graph, batched=True, signature=signature)
+
+
+async def load(
+    objects: Artifacts, digest: str, cache: Cache | None = None, build: Build = in_process
+) -> Model:
+    """Manifest digest -> a warm model; `build` may be `isolated.in_worker`.
 
     Raises `Unloadable`, or `Corrupt`, `Missing`, `Unavailable` of the object store.
     """
@@ -173,9 +183,7 @@ async def load(objects: Artifacts, digest: str, cache: Cache | None = None) -> O
     except msgspec.DecodeError as error:
         raise Unloadable(f"manifest {digest}: {error}") from error
     graph = await fetched(objects, decoded.graph.digest, cache)
-    return await asyncio.to_thread(
-        OnnxModel, decoded.model, digest, graph, batched=True, signature=decoded.signature
-    )
+    return await asyncio.to_thread(build, decoded.model, digest, graph, decoded.signature)
 
 
 async def fetched(objects: Artifacts, digest: str, cache: Cache | None) -> bytes:

@@ -37,8 +37,9 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     kind: str
     """`python` or `onnx`."""
-    file: str
-    folder: str
+    file: str = ""
+    """Of the code or the graph; a graph may come over the channel instead."""
+    folder: str = ""
     """Of the model: above its versions."""
     config: str = "{}"
     """The model's configuration as Triton's JSON."""
@@ -63,7 +64,7 @@ class PythonRunner:
 
     signature = ""
 
-    def __init__(self, spec: Spec, channel: Channel) -> None:
+    def __init__(self, spec: Spec, given: Arrays, channel: Channel) -> None:
         self.spec = spec
         self.channel = channel
         self.model = imported(Path(spec.file)).TritonPythonModel()
@@ -126,14 +127,13 @@ class Sender:
 class OnnxRunner:
     """A graph with ops of somebody's library."""
 
-    def __init__(self, spec: Spec, channel: Channel) -> None:
+    def __init__(self, spec: Spec, given: Arrays, channel: Channel) -> None:
         from services.inference.models import OnnxModel
 
         self.channel = channel
         libraries = [Path(library) for library in spec.libraries]
-        self.model = OnnxModel(
-            spec.name, "", Path(spec.file), batched=spec.batched, libraries=libraries
-        )
+        graph = Path(spec.file) if spec.file else given["graph"].tobytes()
+        self.model = OnnxModel(spec.name, "", graph, batched=spec.batched, libraries=libraries)
         self.signature = msgspec.json.encode(self.model.signature).decode()
 
     def run(self, number: int, inputs: Arrays) -> None:
@@ -196,14 +196,16 @@ def main(descriptor: int) -> None:
     received = channel.receive()
     if received is None:
         return
-    spec = msgspec.json.decode(received[0].text, type=Spec)
+    message, given = received
+    spec = msgspec.json.decode(message.text, type=Spec)
     confine(spec)
     try:
-        runner = RUNNERS[spec.kind](spec, channel)
+        runner = RUNNERS[spec.kind](spec, given, channel)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         channel.send(Message(error=described(error)))
         return
+    del received, given
     serve(channel, runner)
     runner.close()
 

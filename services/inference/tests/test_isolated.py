@@ -1,5 +1,6 @@
 """A model in a worker: what it computes, and that nothing it does hurts more than its own batch."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -216,12 +217,21 @@ def test_a_worker_killed_while_idle_is_back_too(made: Make) -> None:
 
 
 def test_a_model_that_hangs_is_killed(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made(TORN.format(fall="threading.Event().wait()"))
     monkeypatch.setattr(isolated, "RUN_S_MAX", 0.5)
+    model = made(TORN.format(fall="threading.Event().wait()"))
     with pytest.raises(Crashed, match=r"was killed: it gave no answer for 0\.5 s while it ran"):
         model.run({"x": BAD})
-    monkeypatch.undo()
     assert model.run({"x": ONE})["y"].tolist() == [[1, 2]]
+
+
+def test_a_stream_that_is_silent_is_killed(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "RUN_S_MAX", 0.5)
+    falls = DECOUPLED.replace("if x[0, 1] < 0:", "if x[0, 1] < 0:\n                Event().wait()")
+    model = made("    from threading import Event\n" + falls, decoupled=True)
+    stream = model.stream({"x": np.array([[1, -1]], np.float32)})
+    assert next(stream)["y"].tolist() == [[1, -1]]
+    with pytest.raises(Crashed, match=r"was killed: it gave no answer for 0\.5 s"):
+        next(stream)
 
 
 @pytest.mark.parametrize(
@@ -358,3 +368,15 @@ def test_a_library_of_ops_that_is_none_is_said(tmp_path: Path) -> None:
     )
     with pytest.raises(Unloadable, match=r"failed to load 'ops': .*libops\.so"):
         Isolated(spec)
+
+
+def test_a_graph_of_the_platform_runs_in_a_worker_and_is_back_after_a_crash() -> None:
+    model = isolated.in_worker("digits", "d", graph("Identity", "FP32", ["rows", 2]), SIGNATURE)
+    try:
+        assert model.run({"x": ONE})["y"].tolist() == [[1, 2]]
+        os.kill(pid_of(model), signal.SIGKILL)
+        with contextlib.suppress(Crashed):
+            model.run({"x": ONE})
+        assert model.run({"x": ONE})["y"].tolist() == [[1, 2]]
+    finally:
+        model.close()
