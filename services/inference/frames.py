@@ -100,19 +100,20 @@ class Heads:
     def read(self, block: bytes) -> Any:
         """Raises `Malformed` and `Fault`."""
         before = self.table.changes
-        headers = self.decoded(block)
-        if self.table.changes != before or len(self.known) >= HEADS_MAX:
-            self.known.clear()
-        head = self.meaning(headers)
+        head = self.meaning(self.decoded(block))
         if self.table.changes == before and len(block) <= HEAD_BYTES_MAX:
             self.known[block] = head
         return head
 
     def decoded(self, block: bytes) -> list[Header]:
+        before = self.table.changes
         try:
-            return [(bytes(name), bytes(value)) for name, value in self.decoder.decode(block, True)]
+            found = [(bytes(n), bytes(value)) for n, value in self.decoder.decode(block, True)]
         except HPACKError as error:
             raise Fault(COMPRESSION_ERROR, str(error)) from error
+        if self.table.changes != before or len(self.known) >= HEADS_MAX:
+            self.known.clear()
+        return found
 
 
 def frame(kind: int, flags: int, id: int, payload: bytes) -> bytes:

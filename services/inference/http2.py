@@ -202,6 +202,9 @@ class Connection(asyncio.Protocol):
         if self.taken >= frames.CONNECTION_WINDOW // 2:
             self.out.append(window_update(0, self.taken))
             self.taken = 0
+        taken = len(payload)
+        if flags & frames.PADDED:
+            payload = frames.unpadded(flags, payload)
         stream = self.streams.get(id)
         if stream is None:
             if not 0 < id <= self.last:
@@ -210,9 +213,7 @@ class Connection(asyncio.Protocol):
         if stream.ended:
             self.cancel(stream, frames.STREAM_CLOSED)
             return
-        stream.taken += len(payload)
-        if flags & frames.PADDED:
-            payload = frames.unpadded(flags, payload)
+        stream.taken += taken
         if stream.taken > frames.STREAM_WINDOW:
             self.cancel(stream, frames.FLOW_CONTROL_ERROR)
             return
@@ -252,17 +253,17 @@ class Connection(asyncio.Protocol):
             self.opened(first, id, bytes(block))
 
     def opened(self, flags: int, id: int, block: bytes) -> None:
-        """A request, or the trailers of one."""
+        """A request, or the trailers of one, which say nothing to us."""
+        if id <= self.last:
+            self.heads.decoded(block)
+            self.trailers(flags, id)
+            return
+        self.last = id
         try:
             head = self.heads.known.get(block) or self.heads.read(block)
         except Malformed:
             self.out.append(reset(id, frames.PROTOCOL_ERROR))
-            self.last = max(self.last, id)
             return
-        if id <= self.last:
-            self.trailers(flags, id)
-            return
-        self.last = id
         if id > self.last_taken:
             return
         if len(self.streams) >= frames.STREAMS_MAX:
@@ -330,7 +331,7 @@ class Connection(asyncio.Protocol):
         for name, value in frames.SETTING.iter_unpack(payload):
             self.set(name, value)
         self.out.append(frames.SETTINGS_ACK)
-        self.resume()
+        self.wake()
 
     def set(self, name: int, value: int) -> None:
         if name == frames.INITIAL_WINDOW:
@@ -383,7 +384,7 @@ class Connection(asyncio.Protocol):
             elif stream.window > frames.WINDOW_MAX:
                 self.cancel(stream, frames.FLOW_CONTROL_ERROR)
         if self.blocked:
-            self.resume()
+            self.wake()
 
     def headers(self, id: int, block: bytes, ends: bool = False) -> None:
         """Small ones only: they go in one frame."""

@@ -76,6 +76,7 @@ class Place:
         self.batchers: list[Batcher] = []
         self.threads: list[threading.Thread] = []
         self.sizes: list[int] = []
+        self.raws: list[RawClient] = []
 
     def serve(
         self,
@@ -120,12 +121,15 @@ class Place:
 
     async def raw(self) -> "RawClient":
         reader, writer = await asyncio.open_connection("127.0.0.1", self.front.port)
-        return RawClient(reader, writer)
+        self.raws.append(RawClient(reader, writer))
+        return self.raws[-1]
 
     def end(self) -> None:
         self.go.set()
         for batcher in self.batchers:
             batcher.close()
+        for raw in self.raws:
+            raw.vanish()
 
     async def join(self) -> None:
         for thread in self.threads:
@@ -289,9 +293,6 @@ class RawClient:
                 if kind == frames.GOAWAY:
                     code = int.from_bytes(payload[4:8], "big")
         return code
-
-    def close(self) -> None:
-        self.writer.close()
 
     def vanish(self) -> None:
         self.writer.transport.abort()

@@ -1,0 +1,417 @@
+"""A client that misbehaves gets a clear end and hurts nobody: bare sockets, fuzzed bytes."""
+
+import asyncio
+import random
+import struct
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from libs.contracts.protos import open_inference_pb2 as oip
+from services.inference import frames
+from services.inference.rpcs import MESSAGE_BYTES_MAX, MODEL_INFER
+from services.inference.tests.fronts import (
+    ECHO,
+    POST,
+    Place,
+    RawClient,
+    chunks,
+    kinds,
+    place,
+    prefixed,
+    request,
+    values,
+)
+from stack.testing import eventually
+
+pytestmark = pytest.mark.parametrize("kind", kinds())
+PLAIN = request(3.0)
+GOOD = PLAIN.SerializeToString()
+
+
+async def still_answers(here: Place) -> None:
+    async with here.client() as client:
+        answer = await client.ModelInfer(request(7.0), timeout=20)
+        assert values(answer) == [7.0] * 4
+
+
+def response(data: bytes) -> oip.ModelInferResponse:
+    """Of a unary call's data."""
+    assert data[0] == 0
+    assert int.from_bytes(data[1:5], "big") == len(data) - 5
+    return oip.ModelInferResponse.FromString(data[5:])
+
+
+async def test_a_byte_at_a_time_is_a_request_too(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        for one in chunks(raw.hello() + raw.ask(MODEL_INFER, prefixed(GOOD)), 1):
+            await raw.say(one)
+            await asyncio.sleep(0)
+        assert values(response(await raw.answer(1))) == [3.0] * 4
+        await still_answers(here)
+
+
+@pytest.mark.parametrize("split", [1, 7, 100])
+async def test_a_message_may_come_in_any_pieces(kind: str, split: int) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        await raw.say(raw.hello() + raw.ask(MODEL_INFER, prefixed(GOOD), split))
+        assert values(response(await raw.answer(1))) == [3.0] * 4
+
+
+async def test_clients_that_vanish_leave_nothing_behind(kind: str) -> None:
+    async with place(kind) as here:
+        here.go.clear()
+        batcher = here.serve_digits({"1": 100})["1"]
+        for _ in range(20):
+            raw = await here.raw()
+            asked = raw.ask(MODEL_INFER, prefixed(GOOD)) + raw.ask(ECHO + "Wait", prefixed(b""))
+            await raw.say(raw.hello() + asked)
+            await raw.until(frames.SETTINGS)
+            await eventually(lambda: batcher.counts().waiting > 0)
+            raw.vanish()
+        await eventually(lambda: batcher.counts().waiting == 0)
+        await eventually(lambda: not here.host.running)
+        here.go.set()
+        await still_answers(here)
+
+
+async def test_half_a_request_is_nobodys(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        whole = raw.hello() + raw.ask(MODEL_INFER, prefixed(GOOD))
+        await raw.say(whole[: len(whole) // 2])
+        await still_answers(here)
+
+
+async def test_half_a_message_is_refused(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        await raw.say(raw.hello() + raw.ask(MODEL_INFER, prefixed(GOOD)[:-1]))
+        assert b"grpc-status" in await raw.until(frames.HEADERS)
+        await still_answers(here)
+
+
+async def test_who_does_not_read_is_not_written_for(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        window = struct.pack(">HI", frames.INITIAL_WINDOW, frames.WINDOW_MAX)
+        opening = frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0, window)
+        more = frames.WORD.pack(frames.WINDOW_MAX - frames.WINDOW_DEFAULT)
+        opening += frames.frame(frames.WINDOW_UPDATE, 0, 0, more)
+        await raw.say(opening + raw.ask(ECHO + "Flood", prefixed(b"")))
+        await eventually(lambda: here.echo.written > 0)
+        before = -1
+        while before != here.echo.written:  # until it stands still
+            before = here.echo.written
+            await still_answers(here)
+            await asyncio.sleep(0.2)
+        assert here.echo.written < 128
+        raw.vanish()
+        await eventually(lambda: not here.host.running)
+
+
+async def test_small_windows_are_kept(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        window = struct.pack(">HI", frames.INITIAL_WINDOW, 10)
+        opening = frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0, window)
+        await raw.say(opening + raw.ask(MODEL_INFER, prefixed(GOOD)))
+        data = b""
+        while True:
+            found, flags, stream, payload = await raw.frame()
+            if stream == 1 and found == frames.DATA:
+                assert len(payload) <= 10
+                data += payload
+                update = frames.WORD.pack(len(payload) or 1)
+                await raw.say(frames.frame(frames.WINDOW_UPDATE, 0, 1, update))
+            if stream == 1 and found == frames.HEADERS and flags & frames.END_STREAM:
+                break
+        assert values(response(data)) == [3.0] * 4
+
+
+async def test_a_message_that_is_too_large_is_refused_by_its_length(kind: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        for stream, size in enumerate((MESSAGE_BYTES_MAX + 1, (1 << 32) - 1)):
+            claim = b"\x00" + size.to_bytes(4, "big") + bytes(100)
+            await raw.say((b"" if stream else raw.hello()) + raw.ask(MODEL_INFER, claim))
+            said = await raw.until(frames.HEADERS)
+            assert b"message of %d bytes: at most 67108864 are taken" % size in said
+        large = bytes(MESSAGE_BYTES_MAX + 1)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await channel.unary_unary(ECHO + "Unary")(large, timeout=60)
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await still_answers(here)
+
+
+def broken() -> dict[str, tuple[bytes, set[int]]]:
+    """What is said after the opening, and which fault may end the connection."""
+    head = frames.block([(b":path", MODEL_INFER.encode()), *POST])
+    frame, protocol = frames.frame, frames.PROTOCOL_ERROR
+    flood = frame(frames.HEADERS, 0, 1, head)
+    flood += frame(frames.CONTINUATION, 0, 1, frames.block([(b"a", bytes(9000))])) * 20
+    opened = frame(frames.HEADERS, frames.END_HEADERS, 1, head)
+    word, calm = frames.WORD.pack, frames.ENHANCE_YOUR_CALM
+    resets = b"".join(
+        frame(frames.HEADERS, frames.END_HEADERS, 2 * n + 1, head)
+        + frame(frames.RST_STREAM, 0, 2 * n + 1, word(frames.CANCEL))
+        for n in range(5000)
+    )
+    size = frames.FRAME_SIZE_ERROR
+    return {
+        "data on stream 0": (frame(frames.DATA, 0, 0, b"a"), {protocol}),
+        "data on an idle stream": (
+            frame(frames.DATA, 0, 5, b"a"),
+            {protocol, frames.STREAM_CLOSED},
+        ),
+        "headers on an even stream": (frame(frames.HEADERS, 4, 2, head), {protocol}),
+        "headers on stream 0": (frame(frames.HEADERS, 4, 0, head), {protocol}),
+        "another frame amidst headers": (
+            frame(frames.HEADERS, 0, 1, head) + frame(frames.PING, 0, 0, bytes(8)),
+            {protocol},
+        ),
+        "a continuation of nothing": (frame(frames.CONTINUATION, 4, 1, head), {protocol}),
+        "headers that never end": (flood, {calm, protocol, frames.COMPRESSION_ERROR}),
+        "no header block": (
+            frame(frames.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff\xff"),
+            {frames.COMPRESSION_ERROR},
+        ),
+        "a frame that is too large": (frame(frames.DATA, 0, 1, bytes(20000)), {size}),
+        "a ping of 7 bytes": (frame(frames.PING, 0, 0, bytes(7)), {size}),
+        "settings of 5 bytes": (frame(frames.SETTINGS, 0, 0, bytes(5)), {size}),
+        "settings of a stream": (frame(frames.SETTINGS, 0, 1, b""), {protocol}),
+        "a window that is too large": (
+            frame(frames.WINDOW_UPDATE, 0, 0, word(frames.WINDOW_MAX)),
+            {frames.FLOW_CONTROL_ERROR},
+        ),
+        "a window that opens by nothing": (frame(frames.WINDOW_UPDATE, 0, 0, word(0)), {protocol}),
+        "a push": (opened + frame(frames.PUSH, 4, 1, word(2) + head), {protocol}),
+        "a reset of an idle stream": (frame(frames.RST_STREAM, 0, 7, word(8)), {protocol}),
+        "more padding than payload": (opened + frame(frames.DATA, 8, 1, b"\x09a"), {protocol}),
+        "streams opened to be reset": (resets, {calm}),
+    }
+
+
+@pytest.mark.parametrize("what", broken())
+async def test_who_breaks_the_protocol_is_told_and_cut_off(kind: str, what: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        said, faults = broken()[what]
+        raw = await here.raw()
+        await raw.say(raw.hello() + said)
+        assert await raw.fault() in faults
+        await still_answers(here)
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n" + bytes(30), bytes(100)])
+async def test_who_speaks_something_else_is_cut_off(kind: str, said: bytes) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        await raw.say(said)
+        await raw.fault()
+        await still_answers(here)
+
+
+async def test_pings_are_answered_and_a_flood_of_them_is_bounded(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        await raw.say(raw.hello() + frames.frame(frames.PING, 0, 0, b"12345678"))
+        assert await raw.until(frames.PING) == b"12345678"
+        flood = frames.frame(frames.PING, 0, 0, bytes(8)) * 10_000
+        for _ in range(50):  # none of whose answers is read
+            raw.writer.write(flood)
+        await still_answers(here)
+        raw.vanish()
+
+
+async def test_a_stream_too_many_is_refused_alone(kind: str) -> None:
+    async with place(kind) as here:
+        here.go.clear()
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        asked = b"".join(raw.ask(MODEL_INFER, prefixed(GOOD)) for _ in range(1025))
+        await raw.say(raw.hello() + asked)
+        refused = await raw.until(frames.RST_STREAM)
+        assert int.from_bytes(refused, "big") == frames.REFUSED_STREAM
+        here.go.set()
+        await raw.until(frames.DATA)
+        await still_answers(here)
+
+
+async def test_other_ways_to_ask_have_an_answer(kind: str) -> None:
+    """Padding, a priority, continued headers, trailers, a table that shrinks, unknown frames."""
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        small = struct.pack(">HI", frames.TABLE_SIZE, 0)
+        opening = frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0, small)
+        path = (b":path", MODEL_INFER.encode())
+        head = frames.block([path, (b":method", b"POST"), (b":scheme", b"http")])
+        rest = frames.block([(b"te", b"trailers"), (b"content-type", b"application/grpc+proto")])
+        padded = b"\x03" + frames.WORD.pack(0) + b"\x10" + head + bytes(3)
+        body = prefixed(GOOD)
+        say = [
+            frames.frame(frames.HEADERS, frames.PADDED | frames.HAS_PRIORITY, 1, padded),
+            frames.frame(frames.CONTINUATION, 0, 1, rest[:5]),
+            frames.frame(frames.CONTINUATION, frames.END_HEADERS, 1, rest[5:]),
+            frames.frame(frames.PRIORITY, 0, 1, frames.WORD.pack(0) + b"\x01"),
+            frames.frame(0xBE, 0, 1, b"unknown"),
+            frames.frame(frames.DATA, frames.PADDED, 1, b"\x02" + body[:20] + bytes(2)),
+            frames.frame(frames.DATA, 0, 1, b""),
+            frames.frame(frames.DATA, 0, 1, body[20:]),
+            frames.frame(frames.HEADERS, 5, 1, frames.block([(b"trail", b"er")])),
+        ]
+        await raw.say(opening + b"".join(say))
+        assert values(response(await raw.answer(1))) == [3.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ([(b":method", b"GET")], b"405"),
+        ([(b"content-type", b"text/html")], b"415"),
+        ([(b"grpc-timeout", b"soon")], b"grpc-status"),
+        ([(b"grpc-encoding", b"snappy")], b"grpc-accept-encoding"),
+    ],
+)
+async def test_headers_that_ask_for_something_else_are_answered(
+    kind: str, headers: list[frames.Header], said: bytes
+) -> None:
+    if kind == "native":
+        pytest.skip("the texts are the Python front's")
+    async with place(kind) as here:
+        given = {b":method": b"POST", b":path": b"/a", b":scheme": b"http"}
+        given |= {b"content-type": b"application/grpc"} | dict(headers)
+        raw = await here.raw()
+        head = frames.block(list(given.items()))
+        await raw.say(raw.hello() + frames.frame(frames.HEADERS, 5, 1, head))
+        assert said in await raw.until(frames.HEADERS)
+
+
+async def poured(here: Place, data: bytes) -> None:
+    """Said at once, and heard for as long as there is something to hear."""
+    raw = await here.raw()
+    try:
+        await raw.say(data)
+        async with asyncio.timeout(0.02):
+            while await raw.reader.read(1 << 16):
+                pass
+    except (TimeoutError, ConnectionError):
+        pass
+    raw.vanish()
+
+
+def conversation(raw: RawClient) -> bytes:
+    asked = [raw.ask(MODEL_INFER, prefixed(GOOD), split) for split in (16384, 50)]
+    asked += [raw.ask(ECHO + name, prefixed(b"hello")) for name in ("Unary", "Repeat", "About")]
+    return raw.hello() + b"".join(asked)
+
+
+def mutated(data: bytes, dice: random.Random) -> bytes:
+    found = bytearray(data)
+    for _ in range(dice.randint(1, 8)):
+        if not found:
+            break
+        at = dice.randrange(len(found))
+        match dice.randrange(4):
+            case 0:
+                found[at] = dice.randrange(256)
+            case 1:
+                del found[at : at + dice.randint(1, 20)]
+            case 2:
+                found[at:at] = dice.randbytes(dice.randint(1, 20))
+            case _:
+                del found[max(at, 40) :]
+    return bytes(found)
+
+
+async def test_a_mutated_conversation_hurts_nobody(kind: str) -> None:
+    dice = random.Random(20261121)
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        good = conversation(raw)
+        opening = len(raw.hello())
+        for _ in range(20):
+            said = [good[:opening] + mutated(good[opening:], dice) for _ in range(15)]
+            await asyncio.gather(*(poured(here, one) for one in said))
+            await still_answers(here)
+        await eventually(lambda: not here.host.running)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    said=st.lists(
+        st.tuples(
+            st.integers(0, 11), st.integers(0, 255), st.integers(0, 7), st.binary(max_size=60)
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_any_frames_hurt_nobody(kind: str, said: list[tuple[int, int, int, bytes]]) -> None:
+    async def check() -> None:
+        async with place(kind) as here:
+            here.serve_digits({"1": 100})
+            raw = await here.raw()
+            await poured(here, raw.hello() + b"".join(frames.frame(*one) for one in said))
+            await still_answers(here)
+
+    asyncio.run(check())
+
+
+BODIES: dict[str, bytes] = {
+    "nothing": b"",
+    "2 GB of a name": b"\x0a\xff\xff\xff\xff\x07abc",
+    "2 GB of contents": GOOD[:-18] + b"\x3a\x80\x80\x80\x80\x08",
+    "a length that never ends": b"\x0a" + b"\xff" * 30,
+    "a million empty contents": GOOD + b"\x3a\x00" * 1_000_000,
+    "unknown fields": GOOD + b"\xf8\x07\x01",
+    "a group": b"\x0b" * 200 + GOOD,
+    "names that are not UTF-8": GOOD.replace(b"digits", b"dig\xff\xfes"),
+    "not a number": request(float("nan")).SerializeToString(),
+    "twice": GOOD + GOOD,
+}
+
+
+async def status(channel: Any, body: bytes) -> grpc.StatusCode:
+    try:
+        await channel.unary_unary(MODEL_INFER)(body, timeout=30)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("what", BODIES)
+async def test_a_strange_body_has_a_clear_status(kind: str, what: str) -> None:
+    async with place(kind) as here, here.channel() as channel:
+        here.serve_digits({"1": 100})
+        for _ in range(2):
+            code = await status(channel, BODIES[what])
+            expected = "OK" if what == "not a number" else "INVALID_ARGUMENT"
+            assert code is grpc.StatusCode[expected]
+        await still_answers(here)
+
+
+async def test_fuzzed_bodies_have_a_clear_status(kind: str) -> None:
+    dice = random.Random(4)
+    async with place(kind) as here, here.channel() as channel:
+        here.serve_digits({"1": 100})
+        bodies = [mutated(GOOD, dice) for _ in range(400)] + [GOOD[:n] for n in range(len(GOOD))]
+        got = {await status(channel, body) for body in bodies}
+        assert got <= {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
+        await still_answers(here)
