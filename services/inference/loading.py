@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
-from services.inference import layout, mlserver, modelconfig, models
+from services.inference import layout, mlserver, modelconfig, models, sequences
 from services.inference.isolated import Isolated
 from services.inference.layout import Plan, Version
 from services.inference.models import Model, OnnxModel
@@ -31,6 +31,7 @@ class Built(NamedTuple):
 def build(plan: Plan, version: Version) -> Built:
     """Raises `Misconfigured`, `Unloadable`."""
     build_one = build_python if plan.backend == modelconfig.PYTHON else build_onnx
+    sequences.plan_of(plan.config)  # refused before anything is loaded
     model, config = build_one(plan, version)
     if not config.backend:
         config.backend = plan.backend

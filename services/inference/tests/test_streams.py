@@ -76,6 +76,17 @@ async def test_a_decoupled_model_that_fails_says_so(desk: Desk) -> None:
     assert answer.error_message == "model 'counter' version 1 failed: it cannot"
 
 
+async def test_streams_are_counted_once_they_are_over(desk: Desk) -> None:
+    asked = [request("counter", number(n), [1], "INT32") for n in (3, 0, BROKEN)]
+    await streamed(desk, *asked)
+    named = oip.ModelStatisticsRequest(name="counter")
+    (found,) = (await desk.stub.ModelStatistics(named)).model_stats
+    assert (found.inference_count, found.execution_count) == (2, 2)
+    assert found.inference_stats.success.count == 2
+    assert found.inference_stats.success.ns >= found.inference_stats.compute_infer.ns > 0
+    assert found.inference_stats.fail.count == 1
+
+
 async def test_many_answers_wait_for_a_slow_reader(desk: Desk) -> None:
     stream = desk.stub.ModelStreamInfer(iter([request("counter", number(500), [1], "INT32")]))
     found = [numbers((await stream.read()).infer_response, np.int32)[0] for _ in range(500)]
