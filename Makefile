@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline native native-sanitized check bench bench-peers generate format clean
+.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline native native-sanitized check bench bench-peers conformance generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,6 +54,9 @@ test-rolling: setup ## 50,000 requests while every service is replaced again and
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
+
+conformance: setup ## clients nobody here wrote: TRITON_EXAMPLES=a checkout of Triton's client repository
+	@$(PYTHON) -m tests.conformance.run
 
 bench-peers: setup ## the inference service and its peers: ONLY=triton-cpp,ours SECONDS=2 RUNS=5 MODELS=mlp AGAIN=1
 	@ONLY=$(ONLY) SECONDS_EACH=$(SECONDS) RUNS=$(RUNS) MODELS=$(MODELS) AGAIN=$(AGAIN) $(PYTHON) -m bench.peers

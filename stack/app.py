@@ -140,7 +140,7 @@ def told(known: State, folder: Path) -> Iterator[None]:
 
 
 def everything(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Program]:
-    return [*servers_and_collector(folder, port, keys), *services(port, keys)]
+    return [*servers_and_collector(folder, port, keys), *services(folder, port, keys)]
 
 
 def servers_and_collector(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Program]:
@@ -162,8 +162,9 @@ def collector(file: Path, otlp_port: int, http_port: int) -> Program:
     )
 
 
-def services(port: Mapping[str, int], keys: Secrets) -> list[Program]:
-    environment = environment_of(port, keys)
+def services(folder: Path, port: Mapping[str, int], keys: Secrets) -> list[Program]:
+    cache = {"LEPTONIC_INFERENCE_CACHE_DIR": str(folder / "models")}
+    environment = {**cache, **environment_of(port, keys)}
     return [service(name, port, environment) for name in SERVICES]
 
 

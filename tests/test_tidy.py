@@ -23,9 +23,12 @@ EVERY_SERVICE_HAS = {
 }
 GRAB_BAGS = {"utils", "util", "helpers", "helper", "common", "base", "misc", "shared"}
 BROAD = {"Exception", "BaseException"}
-MAY_CATCH_EVERYTHING = {"libs/bus/loop.py", "services/inference/worker.py"}
-"""The bus loop: the one place where whatever happened becomes a retry or a dead letter. The worker:
-whatever a user's code raised becomes the answer."""
+MAY_CATCH_EVERYTHING = {
+    "libs/bus/loop.py",  # whatever happened becomes a retry or a dead letter
+    "services/inference/rpc.py",  # a servicer's bug becomes a status
+    "services/inference/served.py",  # a model's thread goes on
+    "services/inference/worker.py",  # whatever a user's code raised becomes the answer
+}
 
 
 def tracked(*endings: str) -> list[Path]:

@@ -24,7 +24,8 @@ from libs.contracts.events import (
 from libs.database import TRANSIENT, Database
 from libs.objectstore import Corrupt, Missing, ObjectStore, Unavailable
 from services.inference import domain, models, store
-from services.inference.endpoints import Endpoint, Endpoints, Key, batching_of, context_of
+from services.inference.endpoint import Endpoint, Origin, batching_of, context_of
+from services.inference.endpoints import Endpoints, Key
 from services.inference.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ REFRESH_S = 1.0
 LINGER_S = 10.0
 """A node that was silent for a moment loses its work and is given it again; between the two its
 callers are served as before."""
-"""Replicas of one node share what it was told: of that one of them, the others read."""
 FORGET_EVERY = 3600
 """Observations between two sweeps of the request log."""
 
@@ -168,7 +168,7 @@ class Agent:
             self.lacking.set()
             return False
         deployment, place = self.desired[key]
-        if endpoint.announced == deployment.generation:
+        if endpoint.announced == deployment.generation and not endpoint.stale:
             return True
         with telemetry.span(
             "deployment load",
@@ -186,17 +186,48 @@ class Agent:
 
     async def roll_out(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> bool:
         """Loads first, routes then, unloads last: no request is refused on the way."""
-        todo = domain.plan(deployment, endpoint.loaded, endpoint.route)
+        targets = await self.targets(endpoint, deployment)
+        todo = domain.plan(targets, endpoint.loaded, endpoint.route)
         for target in todo.load:
             await self.load(endpoint, deployment, target)
-        todo = domain.plan(deployment, endpoint.loaded, endpoint.route)
+        todo = domain.plan(targets, endpoint.loaded, endpoint.route)
         endpoint.follow(deployment, todo)
         endpoint.rolled_out = context_of(telemetry.current())
-        for number in todo.unload:
-            await endpoint.unload(number)
+        for version in todo.unload:
+            await endpoint.unload(version)
         if todo.complete:
-            await self.announce(endpoint, deployment)
+            endpoint.stale = False
+            if targets == deployment.targets and endpoint.announced != deployment.generation:
+                await self.announce(endpoint, deployment)
         return todo.complete
+
+    async def targets(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> list[Target]:
+        """The desired ones, or what served before in the place of those that are quarantined."""
+        async with self.db.transaction() as tx:
+            known = await store.quarantined(tx, deployment)
+            if endpoint.generation == deployment.generation:
+                known |= endpoint.quarantined  # of this moment, not yet in Postgres
+            endpoint.quarantined = known
+            if not endpoint.quarantined:
+                return deployment.targets
+            before = await store.served_before(tx, deployment.project, deployment.model)
+        return domain.replaced(deployment.targets, endpoint.quarantined, before)
+
+    async def quarantine(self, endpoint: Endpoint, version: str) -> None:
+        """The version crashed too often: another one is loaded, and that is remembered."""
+        assert endpoint.deployment is not None
+        endpoint.stale = True
+        self.wake()
+        reason = endpoint.quarantined[version]
+        for tries in itertools.count(1):
+            try:
+                async with self.db.transaction() as tx:
+                    await store.quarantine(tx, endpoint.deployment, int(version), reason)
+            except TRANSIENT as error:
+                log.warning("quarantine: %s; again in %s s", error, backoff_s(tries))
+                await asyncio.sleep(backoff_s(tries))
+            else:
+                return
 
     async def load(self, endpoint: Endpoint, deployment: DeploymentUpdated, target: Target) -> None:
         """A version that cannot be loaded is logged and left for later; it is never served."""
@@ -208,10 +239,14 @@ class Agent:
         except (Corrupt, Missing, models.Unloadable) as error:
             log.error("%s: failed to load: %s", name, error)
         else:
-            await endpoint.add(target, model, batching_of(deployment))
+            origin = Origin(target.digest, target.traceparent)
+            limits, log_percent = batching_of(deployment), deployment.request_log_percent
+            version = str(target.number)
+            await self.endpoints.add(endpoint, version, model, limits, origin, log_percent)
 
     async def announce(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> None:
         async with self.db.transaction() as tx:
+            await store.remember(tx, deployment)
             await tx.emit(
                 DeploymentReady(
                     project=deployment.project,
@@ -262,6 +297,7 @@ class Agent:
 
     async def observe_endpoint(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> None:
         project, model, replica = endpoint.project, endpoint.model, self.node.name
+        endpoint.tally()
         counts = {place: list(pair) for place, pair in endpoint.counts.items()}
         async with self.db.transaction() as tx:
             for (generation, number), (requests, errors) in counts.items():

@@ -3,11 +3,11 @@
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator
-from typing import Annotated
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Literal
 
-import grpc
 from msgspec import Meta
+from prometheus_client import REGISTRY
 
 from libs import database, telemetry
 from libs.bus import Bus, jetstream, loop
@@ -21,17 +21,23 @@ from libs.contracts.protos import (
 from libs.database import TRANSIENT, Database
 from libs.doors import dependencies, gateway
 from libs.doors.drain import Drain
-from libs.doors.serve import background, channel_to, grpc_door, http_app, http_door
+from libs.doors.serve import background, channel_to, http_app, http_door
 from libs.objectstore import ObjectStore
 from libs.settings import Common
-from services.inference import feedback
+from services.inference import feedback, fronts
 from services.inference.agent import Agent, Node
+from services.inference.bodies import Exchange
+from services.inference.busdoor import BusDoor
 from services.inference.endpoints import Endpoints
 from services.inference.handlers import HANDLERS, Context
 from services.inference.journal import Journal
+from services.inference.notes import Notes
 from services.inference.registry import Registry
-from services.inference.rest import Rest
-from services.inference.server import MODEL_INFER, Inference, OpenInference
+from services.inference.rest import app_of
+from services.inference.rpc import Host, health_and_reflection
+from services.inference.served import Rates
+from services.inference.server import MODEL_INFER, MODEL_STREAM_INFER, Inference, OpenInference
+from services.inference.statistics import Statistics
 from services.inference.store import MIGRATIONS
 
 log = logging.getLogger(__name__)
@@ -47,7 +53,21 @@ class Settings(Common, frozen=True, kw_only=True):
     node: Annotated[str, Meta(description="this replica's name; unique")] = "inference"
     project: Annotated[str, Meta(description="whose models are named without project")] = "default"
     server_name: Annotated[str, Meta(description="name in the server's metadata")] = "leptonic"
-    trace_percent: Annotated[int, Meta(ge=0, le=100, description="requests that get a span")] = 100
+    front: Annotated[
+        Literal["auto", "native", "python"],
+        Meta(description="who speaks gRPC; auto: native where it is built"),
+    ] = "auto"
+    tokens: Annotated[
+        str, Meta(description="tokens the inference doors ask for, by commas; empty: none")
+    ] = ""
+    traces_per_s: Annotated[
+        float, Meta(ge=0, description="requests of a version traced beside their callers' traces")
+    ] = 100
+    request_log_per_s: Annotated[
+        float, Meta(ge=0, description="requests of a version logged, at most")
+    ] = 2000
+    cache_dir: Annotated[str, Meta(description="folder that keeps artifacts; empty: none")] = ""
+    isolate: Annotated[bool, Meta(description="run each model in a process of its own")] = False
     cpu_milli: Annotated[int, Meta(description="CPU offered to the scheduler")] = 4000
     memory_mib: Annotated[int, Meta(description="memory offered to the scheduler")] = 4096
 
@@ -72,8 +92,12 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
     async with contextlib.AsyncExitStack() as stack:
         journal = Journal(bus)
         await stack.enter_async_context(journal.running())
-        endpoints = Endpoints(journal, settings.project, settings.node, settings.trace_percent)
+        host = Host([MODEL_INFER, MODEL_STREAM_INFER])
+        front = fronts.make(settings.front, host.host, tokens_of(settings))
+        rates = Rates(settings.traces_per_s, settings.request_log_per_s)
+        endpoints = Endpoints(front, Notes(journal, settings.node, rates), settings.project)
         stack.push_async_callback(endpoints.close)
+        stack.enter_context(registered(Statistics(endpoints)))
         channel = await stack.enter_async_context(channel_to(settings.registry_grpc))
         node = Node(
             name=settings.node,
@@ -96,10 +120,25 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
                 agent.observe(),
             )
         )
+        endpoints.on_quarantine = agent.quarantine
         drain = Drain(agent.ready, settings.share_ports, settings.drain_s)
         api = Inference(db, bus, endpoints)
-        await stack.enter_async_context(doors(settings, api, endpoints, drain))
+        await stack.enter_async_context(doors(settings, api, endpoints, host, drain))
         yield agent, drain
+
+
+def tokens_of(settings: Settings) -> list[str]:
+    return [token.strip() for token in settings.tokens.split(",") if token.strip()]
+
+
+@contextlib.contextmanager
+def registered(statistics: Statistics) -> Iterator[None]:
+    """What the metrics door tells, while the block lasts."""
+    REGISTRY.register(statistics)
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(statistics)
 
 
 def store_of(settings: Settings) -> ObjectStore:
@@ -122,23 +161,22 @@ async def count_what_is_left(agent: Agent) -> None:
 
 @contextlib.asynccontextmanager
 async def doors(
-    settings: Settings, api: Inference, endpoints: Endpoints, drain: Drain
+    settings: Settings, api: Inference, endpoints: Endpoints, host: Host, drain: Drain
 ) -> AsyncIterator[None]:
-    name, ready, host = settings.server_name, drain.ready, settings.host
-
-    def add(server: grpc.aio.Server) -> None:
-        oip = OpenInference(endpoints, name, ready)
-        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(oip, server)
-        inference_pb2_grpc.add_InferenceServicer_to_server(api, server)
-
+    name, ready, address = settings.server_name, drain.ready, settings.host
+    oip = OpenInference(endpoints, name, ready)
+    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(oip, host)
+    inference_pb2_grpc.add_InferenceServicer_to_server(api, host)
     label_door = gateway.route(api.SendFeedback, PLATFORM_API.methods_by_name["SendFeedback"])
-    rest = [*Rest(endpoints, name, ready).routes(), label_door]
-    services = [OPEN_INFERENCE, PLATFORM_API]
+    http = app_of(oip, tokens_of(settings), [label_door])
     platform = http_app("Leptonic inference", [(api, PLATFORM_API)], ready)
+    services = [OPEN_INFERENCE, PLATFORM_API]
     async with (
-        grpc_door(host, settings.grpc_port, add, services, ready, [MODEL_INFER], drain),
-        http_door(host, settings.http_port, http_app("Inference", [], ready, rest), drain),
-        http_door(host, settings.metrics_port, http_app("Metrics", [], ready), drain),
-        http_door(host, settings.api_port, platform, drain),
+        health_and_reflection(host, services, ready),
+        BusDoor(api.bus, Exchange(endpoints, oip.memory)).serving(),
+        fronts.listening(endpoints.front, address, settings.grpc_port, drain),
+        http_door(address, settings.http_port, http, drain),
+        http_door(address, settings.metrics_port, http_app("Metrics", [], ready), drain),
+        http_door(address, settings.api_port, platform, drain),
     ):
         yield

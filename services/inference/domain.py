@@ -1,9 +1,10 @@
 """What this replica should do about a deployment, and what a label says about an answer. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from libs.contracts.events import DeploymentUpdated, Observation, Target
 
@@ -14,28 +15,45 @@ class Plan(msgspec.Struct, frozen=True):
     """From what is loaded towards what is desired, in this order."""
 
     load: tuple[Target, ...] = ()
-    route: dict[int, int] = {}
-    """Version number -> percent, once what can be loaded is loaded; {} serves nothing."""
-    unload: tuple[int, ...] = ()
+    route: dict[str, int] = {}
+    """Version -> percent, once what can be loaded is loaded; {} serves nothing."""
+    unload: tuple[str, ...] = ()
     complete: bool = True
     """The desired generation is what is routed."""
 
 
-def plan(desired: DeploymentUpdated, loaded: Mapping[int, str], routed: Mapping[int, int]) -> Plan:
-    """`loaded` is version number -> manifest digest.
+def plan(targets: Sequence[Target], loaded: Mapping[str, str], routed: Mapping[str, int]) -> Plan:
+    """`loaded` is version -> manifest digest.
 
     Until every target is loaded the old route stays, so that a version which cannot be loaded
     takes nobody's answer away; with no old route those that are loaded share the traffic.
     """
-    load = tuple(t for t in desired.targets if loaded.get(t.number) != t.digest)
+    load = tuple(t for t in targets if loaded.get(str(t.number)) != t.digest)
     if not load:
-        route = {t.number: t.percent for t in desired.targets}
+        route = {str(t.number): t.percent for t in targets}
         return Plan(route=route, unload=tuple(n for n in loaded if n not in route))
     if any(routed.values()):
         return Plan(load=load, route=dict(routed), complete=False)
     missing = {t.number for t in load}
-    route = {t.number: t.percent for t in desired.targets if t.number not in missing}
+    route = {str(t.number): t.percent for t in targets if t.number not in missing}
     return Plan(load=load, route=route if any(route.values()) else {}, complete=False)
+
+
+def replaced(
+    targets: Sequence[Target], quarantined: Collection[str], before: Sequence[Target]
+) -> list[Target]:
+    """What to serve instead of `targets` when some are quarantined.
+
+    The others among them take the traffic; when none is left, the newest of those that served
+    `before` (newest first) and is not quarantined itself.
+    """
+    sound = [t for t in targets if str(t.number) not in quarantined]
+    if any(t.percent for t in sound):
+        return sound
+    for target in before:
+        if str(target.number) not in quarantined:
+            return [structs.replace(target, percent=100)]
+    return []
 
 
 def is_newer(incoming: DeploymentUpdated, known: DeploymentUpdated | None) -> bool:

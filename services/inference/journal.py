@@ -12,12 +12,15 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator
 
 import msgspec
+from prometheus_client import Counter
 
 from libs.bus import Bus, PublishFailed
-from services.inference.statistics import LOG_DROPPED
 from services.inference.tensors import Arrays
 
 log = logging.getLogger(__name__)
+LOG_DROPPED = Counter(
+    "leptonic_inference_request_log_dropped", "Requests not logged because the log was full"
+)
 ENTRIES_MAX = 8192
 BYTES_MAX = 64 << 20
 MESSAGE_BYTES_MAX = 1 << 20

@@ -10,6 +10,7 @@ from google.protobuf import json_format, text_format
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import model_config_pb2 as pb
+from services.inference.models import Model
 
 ONNX, PYTHON = "onnxruntime", "python"
 PLATFORMS = {ONNX: "onnxruntime_onnx", PYTHON: "python"}
@@ -233,3 +234,36 @@ def chosen_versions(policy: pb.ModelVersionPolicy, found: Collection[int]) -> li
             )
         return sorted(policy.specific.versions)
     return sorted(found)[-(policy.latest.num_versions or 1) :]
+
+
+def made(name: str, model: Model, limits: Batching) -> pb.ModelConfig:
+    """Of a version that came without one."""
+    config = pb.ModelConfig(
+        name=name,
+        platform=model.platform,
+        backend=next((b for b, platform in PLATFORMS.items() if platform == model.platform), ""),
+        max_batch_size=limits.max_batch_size if model.batched else 0,
+        model_transaction_policy=pb.ModelTransactionPolicy(decoupled=model.decoupled),
+        dynamic_batching=pb.ModelDynamicBatching(
+            preferred_batch_size=limits.preferred_batch_size,
+            max_queue_delay_microseconds=limits.max_queue_delay_microseconds,
+            priority_levels=limits.priority_levels,
+            default_priority_level=limits.default_priority_level,
+            default_queue_policy=pb.ModelQueuePolicy(
+                timeout_action=int(limits.timeout_action == "DELAY"),  # type: ignore[arg-type]
+                default_timeout_microseconds=limits.default_timeout_microseconds,
+                allow_timeout_override=limits.allow_timeout_override,
+                max_queue_size=limits.max_queue_size,
+            ),
+        ),
+    )
+    rows = int(model.batched)
+    for tensor in model.signature.inputs:
+        config.input.add(
+            name=tensor.name, data_type=type_of(tensor.datatype), dims=tensor.shape[rows:]
+        )
+    for tensor in model.signature.outputs:
+        config.output.add(
+            name=tensor.name, data_type=type_of(tensor.datatype), dims=tensor.shape[rows:]
+        )
+    return config

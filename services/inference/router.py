@@ -15,19 +15,24 @@ def slot(position: int) -> int:
     return position * STEP % SLOTS
 
 
-def choose(percents: Mapping[int, int], position: int) -> int:
-    """Version number -> share of traffic; at least one share is above 0.
+def choose(shares: Mapping[str, int], position: int) -> str:
+    """Version -> share of traffic, oldest version first; at least one share is above 0.
 
     Shares that sum to less than 100, as while a target cannot be loaded, are scaled up.
     """
-    total = sum(percents.values())
-    assert total > 0, percents
+    total = sum(shares.values())
+    assert total > 0, shares
     at = slot(position) * total
-    for number, percent in sorted(percents.items()):
+    for version, percent in shares.items():
         at -= percent * SLOTS
         if at < 0:
-            return number
-    raise AssertionError((percents, position))
+            return version
+    raise AssertionError((shares, position))
+
+
+def age(version: str) -> tuple[int, str]:
+    """Sorts versions: 9 before 10, and those that are no numbers by their text."""
+    return (len(version), version) if version.isdigit() else (1 << 30, version)
 
 
 def sampled(percent: int, position: int) -> bool:

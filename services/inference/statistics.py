@@ -1,80 +1,139 @@
-"""What is counted about a served version: for Prometheus, and in the protocol's own words."""
+"""What the batchers counted, as Prometheus reads it: under our names and under Triton's."""
 
-import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
-import msgspec
-from prometheus_client import Counter, Gauge, Histogram
+import grpc
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
-from services.inference.batcher import Result
+from services.inference.endpoints import Endpoints
+from services.inference.front import LATENCY_BOUNDS_NS, Counts
+from services.inference.served import Served
 
 NANOSECONDS = 1e9
-SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+US_NS = 1000
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LABELS = ("model", "version")
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+SECONDS = [str(bound / NANOSECONDS) for bound in LATENCY_BOUNDS_NS]
+Labels = tuple[str, str]
+Rows = Sequence[tuple[Labels, Counts]]
 
-REQUESTS = Counter("leptonic_inference_requests", "Requests answered or failed", LABELS)
-ERRORS = Counter("leptonic_inference_errors", "Requests not answered, by status", (*LABELS, "code"))
-LATENCY = Histogram("leptonic_inference_latency_seconds", "Door to answer", LABELS, buckets=SECONDS)
-QUEUE = Histogram("leptonic_inference_queue_seconds", "Wait for a batch", LABELS, buckets=SECONDS)
-BATCH = Histogram("leptonic_inference_batch_rows", "Rows of a run batch", LABELS, buckets=ROWS)
-TRAFFIC = Gauge(
-    "leptonic_inference_traffic_percent", "Share of a model's requests a version gets", LABELS
-)
-LOG_DROPPED = Counter(
-    "leptonic_inference_request_log_dropped", "Requests not logged because the log was full"
-)
-
-
-class Duration(msgspec.Struct):
-    """How often, and how long altogether."""
-
-    count: int = 0
-    ns: int = 0
-
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.ns += int(seconds * NANOSECONDS)
+NV: dict[str, tuple[str, Callable[[Counts], int]]] = {
+    "nv_inference_request_success": ("Requests answered", lambda c: c.success_count),
+    "nv_inference_request_failure": ("Requests not answered", lambda c: failed(c)[0]),
+    "nv_inference_count": ("Rows of requests answered", lambda c: c.inference_count),
+    "nv_inference_exec_count": ("Batches run", lambda c: runs(c)),
+    "nv_inference_request_duration_us": ("Arrival to answer", lambda c: c.success_ns // US_NS),
+    "nv_inference_queue_duration_us": ("Wait for a batch", lambda c: c.queue_ns // US_NS),
+    "nv_inference_compute_input_duration_us": (
+        "Gathering batches",
+        lambda c: c.compute_input_ns // US_NS,
+    ),
+    "nv_inference_compute_infer_duration_us": (
+        "Running batches",
+        lambda c: c.compute_infer_ns // US_NS,
+    ),
+    "nv_inference_compute_output_duration_us": (
+        "Answering batches",
+        lambda c: c.compute_output_ns // US_NS,
+    ),
+    "nv_inference_pending_request_count": ("Requests in the queue", lambda c: c.waiting),
+}
+"""Triton's metrics, with the microseconds of its unit."""
 
 
 class Statistics:
-    """Of one version, since it was loaded."""
+    """A Prometheus collector: nothing is counted twice, and nothing for each request."""
 
-    def __init__(self, model: str, version: str) -> None:
-        self.labels = (model, version)
-        self.requests = REQUESTS.labels(model, version)
-        self.latency = LATENCY.labels(model, version)
-        self.queued = QUEUE.labels(model, version)
-        self.batch_rows = BATCH.labels(model, version)
-        self.traffic = TRAFFIC.labels(model, version)
-        self.last_inference_ms = 0
-        self.inference_count = 0
-        """Rows."""
-        self.success = Duration()
-        self.fail = Duration()
-        self.queue = Duration()
-        self.compute_infer = Duration()
-        self.batches: dict[int, Duration] = {}
-        """Rows -> runs of that many."""
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.endpoints = endpoints
 
-    @property
-    def execution_count(self) -> int:
-        return sum(batch.count for batch in self.batches.values())
+    def describe(self) -> list[Metric]:
+        """None: two replicas in one process may both be there."""
+        return []
 
-    def ran(self, rows: int, seconds: float) -> None:
-        self.batches.setdefault(rows, Duration()).add(seconds)
-        self.batch_rows.observe(rows)
+    def collect(self) -> Iterator[Metric]:
+        rows = [((one.name, one.version), one.counts()) for one in self.served()]
+        yield counter("requests", "Requests answered or failed", rows, answered)
+        yield errors(rows)
+        yield latencies("latency", "Arrival to answer", rows, lambda c: (c.latency, c.success_ns))
+        yield latencies("queue", "Wait for a batch", rows, lambda c: (c.queue, c.queue_ns))
+        yield batch_rows(rows)
+        yield self.traffic()
+        for name, (text, value) in NV.items():
+            metric = Metric(name, text, "unknown")
+            for labels, counts in rows:
+                metric.add_sample(name, dict(zip(LABELS, labels, strict=True)), value(counts))
+            yield metric
 
-    def answered(self, rows: int, result: Result, seconds: float) -> None:
-        self.last_inference_ms = time.time_ns() // 1_000_000
-        self.inference_count += rows
-        self.success.add(seconds)
-        self.queue.add(result.queue_s)
-        self.compute_infer.add(result.run_s)
-        self.requests.inc()
-        self.latency.observe(seconds)
-        self.queued.observe(result.queue_s)
+    def served(self) -> list[Served]:
+        return [one for e in list(self.endpoints.by_key.values()) for one in e.served.values()]
 
-    def refused(self, code: str, seconds: float) -> None:
-        self.fail.add(seconds)
-        self.requests.inc()
-        ERRORS.labels(*self.labels, code).inc()
+    def traffic(self) -> Metric:
+        text = "Share of a model's requests a version gets"
+        metric = GaugeMetricFamily("leptonic_inference_traffic_percent", text, labels=LABELS)
+        for endpoint in list(self.endpoints.by_key.values()):
+            for version in endpoint.served:
+                metric.add_metric((endpoint.name, version), endpoint.route.get(version, 0))
+        return metric
+
+
+def failed(counts: Counts) -> tuple[int, int]:
+    """(requests, ns)."""
+    requests, spent_ns = (
+        zip(*counts.failures.values(), strict=True) if counts.failures else ((), ())
+    )
+    return sum(requests), sum(spent_ns)
+
+
+def answered(counts: Counts) -> int:
+    return counts.success_count + failed(counts)[0]
+
+
+def runs(counts: Counts) -> int:
+    return sum(runs for runs, *_ in counts.batches.values())
+
+
+def counter(name: str, text: str, rows: Rows, value: Callable[[Counts], int]) -> Metric:
+    metric = CounterMetricFamily(f"leptonic_inference_{name}", text, labels=LABELS)
+    for labels, counts in rows:
+        metric.add_metric(labels, value(counts))
+    return metric
+
+
+def errors(rows: Rows) -> Metric:
+    text = "Requests not answered, by status"
+    metric = CounterMetricFamily("leptonic_inference_errors", text, labels=(*LABELS, "code"))
+    for labels, counts in rows:
+        for code, (requests, _) in counts.failures.items():
+            metric.add_metric((*labels, CODES[code]), requests)
+    return metric
+
+
+def latencies(
+    name: str, text: str, rows: Rows, value: Callable[[Counts], tuple[list[int], int]]
+) -> Metric:
+    metric = HistogramMetricFamily(f"leptonic_inference_{name}_seconds", text, labels=LABELS)
+    for labels, counts in rows:
+        buckets, total_ns = value(counts)
+        sums = zip((*SECONDS, "+Inf"), accumulate(buckets), strict=True)
+        metric.add_metric(labels, list(sums), total_ns / NANOSECONDS)
+    return metric
+
+
+def batch_rows(rows: Rows) -> Metric:
+    metric = HistogramMetricFamily(
+        "leptonic_inference_batch_rows", "Rows of a run batch", labels=LABELS
+    )
+    for labels, counts in rows:
+        sizes = {size: found[0] for size, found in counts.batches.items()}
+        below = [(str(float(b)), sum(n for size, n in sizes.items() if size <= b)) for b in ROWS]
+        total = sum(size * found for size, found in sizes.items())
+        metric.add_metric(labels, [*below, ("+Inf", sum(sizes.values()))], total)
+    return metric

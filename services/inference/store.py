@@ -6,12 +6,20 @@ from typing import Any
 import msgspec
 import psycopg
 
-from libs.contracts.events import AttemptPlaced, AttemptStopped, DeploymentUpdated, Observation
+from libs.contracts.events import (
+    AttemptPlaced,
+    AttemptStopped,
+    DeploymentUpdated,
+    Observation,
+    Target,
+)
 from libs.database import Transaction
 from services.inference import domain
 
 REQUESTS_KEPT_DAYS = 7
 """Of the request log and of labels that wait for their request."""
+SERVED_BEFORE_MAX = 10
+"""Versions of a model that are looked at when one is quarantined."""
 
 MIGRATIONS = (
     """
@@ -69,6 +77,26 @@ MIGRATIONS = (
         labelled bigint not null default 0,
         correct bigint not null default 0,
         primary key (project, model, generation, number, replica)
+    );
+    """,
+    """
+    create table served (
+        project text not null,
+        model text not null,
+        number bigint not null,
+        digest text not null,
+        traceparent text not null,
+        at timestamptz not null default now(),
+        primary key (project, model, number)
+    );
+    create table quarantine (
+        project text not null,
+        model text not null,
+        number bigint not null,
+        generation bigint not null,
+        reason text not null,
+        at timestamptz not null default now(),
+        primary key (project, model, number)
     );
     """,
 )
@@ -151,6 +179,55 @@ async def desired(tx: Transaction) -> list[tuple[DeploymentUpdated, str]]:
         (msgspec.json.decode(row["deployment"], type=DeploymentUpdated), row["traceparent"])
         for row in rows
     ]
+
+
+async def remember(tx: Transaction, deployment: DeploymentUpdated) -> None:
+    """These versions serve: what a later one that is quarantined falls back to."""
+    for target in deployment.targets:
+        await tx.execute(
+            "insert into served (project, model, number, digest, traceparent) "
+            "values (%s, %s, %s, %s, %s) on conflict (project, model, number) do update set "
+            "digest = excluded.digest, traceparent = excluded.traceparent, at = now()",
+            (
+                deployment.project,
+                deployment.model,
+                target.number,
+                target.digest,
+                target.traceparent,
+            ),
+        )
+
+
+async def served_before(tx: Transaction, project: str, model: str) -> list[Target]:
+    """Newest first, whatever is served now among them."""
+    rows = await tx.all(
+        "select number, 100 as percent, digest, traceparent from served "
+        "where (project, model) = (%s, %s) order by at desc, number desc limit %s",
+        (project, model, SERVED_BEFORE_MAX),
+    )
+    return [Target(**row) for row in rows]
+
+
+async def quarantine(
+    tx: Transaction, deployment: DeploymentUpdated, number: int, reason: str
+) -> None:
+    """Until the version is deployed anew."""
+    await tx.execute(
+        "insert into quarantine (project, model, number, generation, reason) "
+        "values (%s, %s, %s, %s, %s) on conflict (project, model, number) do update set "
+        "generation = excluded.generation, reason = excluded.reason, at = now()",
+        (deployment.project, deployment.model, number, deployment.generation, reason),
+    )
+
+
+async def quarantined(tx: Transaction, deployment: DeploymentUpdated) -> dict[str, str]:
+    """Version -> why."""
+    rows = await tx.all(
+        "select number, reason from quarantine "
+        "where (project, model) = (%s, %s) and generation >= %s",
+        (deployment.project, deployment.model, deployment.generation),
+    )
+    return {str(row["number"]): row["reason"] for row in rows}
 
 
 async def is_deployed(tx: Transaction, project: str, model: str) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import httpx
@@ -19,6 +19,7 @@ from libs.bus.jetstream import JetStreamBus
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.contracts.protos import open_inference_pb2_grpc
 from libs.objectstore import ObjectStore
+from services.inference import native
 from services.inference.agent import Agent
 from services.inference.app import Settings, serving
 from services.inference.store import MIGRATIONS
@@ -65,8 +66,22 @@ def labels(answer: oip.ModelInferResponse) -> list[int]:
     return list(answer.outputs[0].contents.int64_contents)
 
 
+@pytest.fixture(params=["native", "python"])
+def front(request: pytest.FixtureRequest) -> Literal["native", "python"]:
+    if request.param == "native" and not native.available():
+        pytest.skip("leptonic_native is not built: make native")
+    found: Literal["native", "python"] = request.param
+    return found
+
+
 @pytest.fixture
-def settings(nats_url: str, postgres_dsn: str, s3_server: str, objects: ObjectStore) -> Settings:
+def settings(
+    front: Literal["native", "python"],
+    nats_url: str,
+    postgres_dsn: str,
+    s3_server: str,
+    objects: ObjectStore,
+) -> Settings:
     http_port, grpc_port, metrics_port, api_port, nobody = ports.free(5)
     return Settings(
         nats_url=nats_url,
@@ -76,6 +91,7 @@ def settings(nats_url: str, postgres_dsn: str, s3_server: str, objects: ObjectSt
         s3_secret_key=PASSWORD,
         s3_bucket=objects.bucket,
         registry_grpc=f"127.0.0.1:{nobody}",
+        front=front,
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
@@ -111,9 +127,7 @@ async def replica(settings: Settings, bus: JetStreamBus) -> AsyncIterator[Replic
 def spans() -> Iterator[InMemorySpanExporter]:
     """What this process's spans were, while the test ran."""
     provider = trace.get_tracer_provider()
-    if not isinstance(provider, TracerProvider):
-        provider = TracerProvider()
-        trace.set_tracer_provider(provider)
+    assert isinstance(provider, TracerProvider)
     exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     yield exporter

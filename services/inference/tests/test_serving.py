@@ -278,8 +278,8 @@ async def test_a_full_queue_is_said_on_both_doors(
     await platform.deploy(1, target, max_queue_size=1, max_queue_delay_microseconds=500_000)
     await replica.until_announced(1)
     accepted = asyncio.create_task(replica.infer(ROW))
-    served = replica.agent.endpoints.find("digits").served[1]
-    await eventually(lambda: served.batcher.line.waiting)
+    served = replica.agent.endpoints.find("digits").served["1"]
+    await eventually(lambda: served.counts().waiting)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await replica.oip.ModelInfer(request(ROW))
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

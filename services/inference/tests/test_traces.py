@@ -16,6 +16,7 @@ from services.inference.tests.conftest import ROW, Replica, request, started
 from services.inference.tests.stage import DEPLOYED, REGISTERED, Platform, register
 
 CALLER = "00-" + "e" * 32 + "-" + "f" * 16 + "-01"
+UNSAMPLED = "00-" + "e" * 32 + "-" + "f" * 16 + "-00"
 
 
 @pytest.fixture
@@ -65,19 +66,19 @@ async def test_http_continues_the_caller_too(digits: Replica, spans: InMemorySpa
     assert place_of(span.parent) == CALLER
 
 
-async def test_spans_are_sampled_and_the_caller_keeps_its_place(
+async def test_so_many_are_traced_beside_those_whose_callers_trace(
     spans: InMemorySpanExporter,
     settings: Settings,
     bus: JetStreamBus,
     platform: Platform,
     objects: ObjectStore,
 ) -> None:
-    async with started(replace(settings, trace_percent=25), bus) as replica:
+    async with started(replace(settings, traces_per_s=0), bus) as replica:
         await platform.place()
         await platform.deploy(1, await register(objects, 1, 100, stage.digits()))
         await replica.until_announced(1)
-        metadata = (("traceparent", CALLER),)
-        answers = [await replica.oip.ModelInfer(request(ROW), metadata=metadata) for _ in range(20)]
-    assert len(named(spans, "infer digits")) == 5
-    places = [answer.parameters["traceparent"].string_param for answer in answers]
-    assert places.count(CALLER) == 15
+        for metadata in ((("traceparent", CALLER),), (("traceparent", UNSAMPLED),), ()):
+            await replica.oip.ModelInfer(request(ROW, id=str(metadata)), metadata=metadata)
+    (span,) = named(spans, "infer digits")
+    assert span.parent is not None
+    assert place_of(span.parent) == CALLER
