@@ -15,6 +15,9 @@ HTTP_STATUS = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
+TEXT_CHARACTERS_MAX = 1000
+"""Of an error: it travels in a header, and what a client sent may be quoted in it. A megabyte there
+ends the client's connection."""
 
 
 class Refused(Exception):
@@ -23,13 +26,19 @@ class Refused(Exception):
     code = grpc.StatusCode.UNKNOWN
 
     def __init__(self, problem: str, field: str = "") -> None:
-        super().__init__(f"{field}: {problem}" if field else problem)
+        super().__init__(shortened(f"{field}: {problem}" if field else problem))
         self.field = field
         self.problem = problem
 
     @property
     def http_status(self) -> int:
         return HTTP_STATUS.get(self.code, 500)
+
+
+def shortened(text: str) -> str:
+    if len(text) <= TEXT_CHARACTERS_MAX:
+        return text
+    return f"{text[:TEXT_CHARACTERS_MAX]}... ({len(text)} characters)"
 
 
 class Invalid(Refused):

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.doors import Refused
 from libs.doors.serve import cancelled
-from services.inference import protocol
+from services.inference import domain, protocol
 from services.inference.calls import Answer, Call
 from services.inference.endpoints import Endpoints
 from services.inference.protocol import FINAL, Wanted
@@ -115,6 +115,6 @@ class Stream:
 
 def failed(request: oip.ModelInferRequest, error: Refused) -> oip.ModelStreamInferResponse:
     """With the request's id, by which a client knows what failed."""
-    named = oip.ModelInferResponse(id=request.id, model_name=request.model_name)
+    named = oip.ModelInferResponse(id=request.id[: domain.ID_CHARACTERS_MAX])
     named.parameters[FINAL].bool_param = True
     return oip.ModelStreamInferResponse(error_message=str(error), infer_response=named)

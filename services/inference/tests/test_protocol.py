@@ -16,6 +16,7 @@ from services.inference.tests.desk import (
     Desk,
     echo,
     number,
+    numbers,
     opened,
     refused,
     request,
@@ -187,6 +188,32 @@ async def test_what_is_wrong_is_told_in_the_protocols_words(
     found = await refused(desk.stub.ModelInfer(asked))
     assert found[0] == code
     assert said in found[1]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        request("d" * 5_000_000, b"", [1]),
+        request("double", row(1, 2), [1] * 100_000),
+        request("double", b"", [1 << 62, 2]),
+        request("double", b"", [-1, 2]),
+        changed(lambda asked: asked.outputs.add(name="z" * 5_000_000)),
+    ],
+)
+async def test_the_absurd_gets_a_short_answer_and_hurts_nobody(
+    desk: Desk, asked: oip.ModelInferRequest
+) -> None:
+    """A text of megabytes in a header would end the connection of everybody behind it."""
+    asked.id = "mine"
+    beside = desk.stub.ModelStreamInfer()
+    code, said = await refused(desk.stub.ModelInfer(asked))
+    assert code in ("NOT_FOUND", "INVALID_ARGUMENT")
+    assert 20 < len(said) < 1100
+    await beside.write(asked)
+    assert (await beside.read()).error_message == said
+    await beside.write(request("double", row(1, 2), [1, 2]))
+    assert numbers((await beside.read()).infer_response) == [2, 4]
+    await beside.done_writing()
 
 
 async def test_classes_are_answered_instead_of_the_tensor(desk: Desk) -> None:
