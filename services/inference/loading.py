@@ -1,6 +1,7 @@
 """A version of a model repository, loaded: its model, its full configuration, its limits."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,20 @@ def build(plan: Plan, version: Version) -> Built:
 
 
 def build_onnx(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
+    model, graph = with_ops(plan, version) if ops_of(plan) else in_process(plan, version)
+    config = modelconfig.completed(plan.config, graph)
+    modelconfig.check(config, plan.name)
+    if plan.promised is not None:
+        mlserver.check(plan.promised, graph)
+    model.labels = layout.labels_of(config, plan.folder)
+    model.batched = config.max_batch_size > 0
+    model.signature = with_hidden(graph_signature(config), graph)
+    if isinstance(model, OnnxModel):
+        model.outputs = [tensor.name for tensor in model.signature.outputs]
+    return reshaped(model, config), config
+
+
+def in_process(plan: Plan, version: Version) -> tuple[Model, Signature]:
     """A graph whose tensors are all listed is warmed up with the sizes that are listed."""
     listed = bool(plan.config.input and plan.config.output)
     listed = listed and not plan.config.HasField("sequence_batching")
@@ -53,16 +68,28 @@ def build_onnx(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
         batched=False,
         signature=graph_signature(plan.config) if listed else None,
     )
-    graph = models.signature_of(plan.name, model.session)
-    config = modelconfig.completed(plan.config, graph)
-    modelconfig.check(config, plan.name)
-    if plan.promised is not None:
-        mlserver.check(plan.promised, graph)
-    model.labels = layout.labels_of(config, plan.folder)
-    model.batched = config.max_batch_size > 0
-    model.signature = with_hidden(graph_signature(config), graph)
-    model.outputs = [tensor.name for tensor in model.signature.outputs]
-    return reshaped(model, config), config
+    return model, models.signature_of(plan.name, model.session)
+
+
+def with_ops(plan: Plan, version: Version) -> tuple[Model, Signature]:
+    """In a process of its own: a library of ops is somebody's code."""
+    spec = Spec(
+        name=plan.name,
+        version=str(version.number),
+        kind="onnx",
+        file=str(version.file.resolve()),
+        folder=str(plan.folder.resolve()),
+        libraries=ops_of(plan),
+        batched=False,
+    )
+    model = Isolated(spec, digest_of(version.file))
+    return model, model.signature
+
+
+def ops_of(plan: Plan) -> list[str]:
+    """Beside the versions, as in Triton, where the path is not absolute."""
+    named = plan.config.model_operations.op_library_filename
+    return [str(plan.folder.resolve() / one) for one in named]
 
 
 def build_python(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
@@ -77,7 +104,7 @@ def build_python(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
         kind="python",
         file=str(version.file.resolve()),
         folder=str(plan.folder.resolve()),
-        config=json_format.MessageToJson(config, preserving_proto_field_name=True),
+        config=told(config),
         outputs=[one.name for one in config.output],
         batched=config.max_batch_size > 0,
     )
@@ -89,6 +116,16 @@ def build_python(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
         labels=layout.labels_of(config, plan.folder),
     )
     return model, config
+
+
+def told(config: ModelConfig) -> str:
+    """As Triton tells it to the code: every field, and sizes as numbers."""
+    fields = json_format.MessageToDict(
+        config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    for one in (*fields["input"], *fields["output"]):
+        one["dims"] = [int(size) for size in one["dims"]]
+    return json.dumps(fields)
 
 
 def graph_signature(config: ModelConfig) -> Signature:
