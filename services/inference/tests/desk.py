@@ -14,7 +14,6 @@ from libs.contracts.pipeline import Batching
 from libs.contracts.protos import model_config_pb2 as pb
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.contracts.protos import open_inference_pb2_grpc
-from services.inference import python_front
 from services.inference.endpoint import Origin
 from services.inference.endpoints import Endpoints
 from services.inference.models import RunFailed
@@ -23,6 +22,7 @@ from services.inference.rpc import Host
 from services.inference.served import Rates
 from services.inference.server import MODEL_INFER, MODEL_STREAM_INFER, OpenInference
 from services.inference.tensors import Arrays
+from services.inference.tests.fronts import opener
 
 RATES = Rates(traces_per_s=60, log_per_s=0)
 BROKEN = -1
@@ -132,9 +132,9 @@ async def ready() -> bool:
 
 
 @contextlib.asynccontextmanager
-async def opened(repository: Any = None) -> AsyncIterator[Desk]:
+async def opened(repository: Any = None, kind: str = "python") -> AsyncIterator[Desk]:
     host = Host([MODEL_INFER, MODEL_STREAM_INFER])
-    front = await python_front.open_front("127.0.0.1", 0, False, host.host, [])
+    front = await opener(kind)("127.0.0.1", 0, False, host.host, [])
     endpoints = Endpoints(front, Notes(None, "test", RATES), "default")
     service = OpenInference(endpoints, "triton", ready, repository)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, host)
@@ -145,9 +145,9 @@ async def opened(repository: Any = None) -> AsyncIterator[Desk]:
 
 
 @contextlib.asynccontextmanager
-async def three() -> AsyncIterator[Desk]:
+async def three(kind: str) -> AsyncIterator[Desk]:
     """`double`, `counter` (decoupled) and `sum` (stateful)."""
-    async with opened() as made:
+    async with opened(kind=kind) as made:
         await made.serve("double", double())
         await made.serve("counter", counter())
         await made.serve("sum", running_sum(), STATEFUL)

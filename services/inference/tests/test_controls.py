@@ -16,11 +16,12 @@ from services.inference.tests.desk import (
     refused,
     three,
 )
+from services.inference.tests.fronts import kinds
 
 
-@pytest.fixture
-async def desk() -> AsyncIterator[Desk]:
-    async with three() as made:
+@pytest.fixture(params=kinds())
+async def desk(request: pytest.FixtureRequest) -> AsyncIterator[Desk]:
+    async with three(request.param) as made:
         yield made
 
 

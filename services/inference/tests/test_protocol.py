@@ -23,22 +23,24 @@ from services.inference.tests.desk import (
     row,
     three,
 )
+from services.inference.tests.fronts import kinds
 
 VALUES = {"BOOL": [[True, False]], "BYTES": [[b"a\0b", "é".encode()]]}
 
 
-@pytest.fixture
-async def desk() -> AsyncIterator[Desk]:
-    async with three() as made:
+@pytest.fixture(params=kinds())
+async def desk(request: pytest.FixtureRequest) -> AsyncIterator[Desk]:
+    async with three(request.param) as made:
         yield made
 
 
+@pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("datatype", sorted(DTYPES))
-async def test_every_datatype_goes_both_ways(datatype: str, batched: bool) -> None:
+async def test_every_datatype_goes_both_ways(kind: str, datatype: str, batched: bool) -> None:
     array = np.array(VALUES.get(datatype, [[1, 2]]), DTYPES[datatype])
     raw = to_raw(datatype, array)
-    async with opened() as desk:
+    async with opened(kind=kind) as desk:
         await desk.serve("echo", echo(datatype, [-1 if batched else 1, 2], batched=batched))
         answer = await desk.stub.ModelInfer(request("echo", raw, [1, 2], datatype))
         (output,) = answer.outputs

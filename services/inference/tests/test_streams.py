@@ -17,12 +17,13 @@ from services.inference.tests.desk import (
     row,
     three,
 )
+from services.inference.tests.fronts import kinds
 from stack.testing import eventually
 
 
-@pytest.fixture
-async def desk() -> AsyncIterator[Desk]:
-    async with three() as made:
+@pytest.fixture(params=kinds())
+async def desk(request: pytest.FixtureRequest) -> AsyncIterator[Desk]:
+    async with three(request.param) as made:
         yield made
 
 
