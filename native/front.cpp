@@ -273,7 +273,8 @@ bool Front::infer(Session& session, Stream& stream, std::string& body) {
   made->call = {session.serial, stream.id};
   int64_t ticket = batcher->join(made);
   if (timed) parse_.add(now_ns() - began_ns, 1);
-  if (ticket == kTooManyRows) {
+  // Closed since the route was read: Python knows who answers now.
+  if (ticket == kTooManyRows || ticket == kClosed) {
     body = std::move(made->body);
     return false;
   }
