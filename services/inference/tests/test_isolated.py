@@ -1,9 +1,11 @@
 """A model in a worker: what it computes, and that nothing it does hurts more than its own batch."""
 
+import asyncio
 import contextlib
 import logging
 import os
 import signal
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from services.inference.isolated import Isolated
 from services.inference.models import Crashed, RunFailed, Unloadable
 from services.inference.tests.test_models import graph
 from services.inference.worker import Spec
+from stack.testing import eventually
 
 SIGNATURE = Signature([Tensor("x", "FP32", [-1, 2])], [Tensor("y", "FP32", [-1, 2])])
 PRELUDE = """
@@ -318,6 +321,44 @@ def test_a_worker_has_no_settings_and_no_files_of_the_service(
             """
         )
         assert model.run({"x": ONE})["y"].tolist() == [[False]]
+
+
+PARENT = """
+import sys
+from services.inference.isolated import in_worker
+from libs.contracts.artifacts import Signature
+model = in_worker("digits", "", open(sys.argv[1], "rb").read(), Signature([], []))
+print(model.worker.process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+async def test_a_worker_ends_with_the_service_even_when_that_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graph("Identity", "FP32", ["rows", 2]))
+    service = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        PARENT,
+        str(path),
+        cwd=isolated.ROOT,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert service.stdout is not None
+    worker = int(await service.stdout.readline())
+    assert is_alive(worker)
+    service.kill()
+    await service.wait()
+    await eventually(lambda: not is_alive(worker))
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie is not: whoever adopted it may never wait for it."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_many_threads_share_a_worker(made: Make) -> None:
