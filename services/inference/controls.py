@@ -15,8 +15,9 @@ OFF, TIMESTAMPS = "OFF", "TIMESTAMPS"
 RATE_MAX = (1 << 32) - 1
 TRACES_PER_S = 100.0
 """Of a version, once traces are asked for where the process's settings ask for none."""
-FIXED = {"trace_count": "-1", "log_frequency": "0", "trace_file": "", "trace_mode": "opentelemetry"}
-"""Spans go where the process's settings say, as many as come."""
+FIXED = {"log_frequency": "0", "trace_file": "", "trace_mode": "opentelemetry"}
+"""Spans go where the process's settings say."""
+ENDLESS = "-1"
 SILENT = logging.CRITICAL + 1
 LEVELS = {
     "log_info": logging.INFO,
@@ -34,6 +35,7 @@ class Controls:
         self.changed: dict[str, Settings] = {"": {}}
         """Model -> what was set for it; "" for every model."""
         endpoints.rates_of = self.rates_of
+        endpoints.notes.on_trace = self.traced
         self.log_settings = log_settings_at(logging.getLogger().level)
 
     def trace(self, model: str, changes: Mapping[str, Sequence[str]]) -> Settings:
@@ -47,13 +49,25 @@ class Controls:
         if changes:
             kept = self.changed.get(name, {}) | {n: list(v) for n, v in changes.items() if v}
             self.changed[name] = {n: v for n, v in kept.items() if changes.get(n) != []}
-            for served in self.endpoints.versions("", ""):
-                served.sample(self.rates_of(served.name))
+            self.apply()
         return self.settings(name)
+
+    def apply(self) -> None:
+        for served in self.endpoints.versions("", ""):
+            served.sample(self.rates_of(served.name))
+
+    def traced(self, name: str) -> None:
+        """One of the traces that are left; those already begun may be a few more."""
+        owner = name if "trace_count" in self.changed.get(name, {}) else ""
+        (left,) = self.changed[owner].get("trace_count", [ENDLESS])
+        if int(left) > 0:
+            self.changed[owner]["trace_count"] = [str(int(left) - 1)]
+            if left == "1":
+                self.apply()
 
     def settings(self, name: str) -> Settings:
         level = TIMESTAMPS if self.rates.traces_per_s else OFF
-        known: Settings = {"trace_level": [level], "trace_rate": ["1"]}
+        known: Settings = {"trace_level": [level], "trace_rate": ["1"], "trace_count": [ENDLESS]}
         fixed = {setting: [value] for setting, value in FIXED.items()}
         return fixed | known | self.changed[""] | self.changed.get(name, {})
 
@@ -61,7 +75,7 @@ class Controls:
         """Of the requests that would be traced anyhow, one of `trace_rate`."""
         said = self.settings(name)
         rate = int(said["trace_rate"][0])
-        off = said["trace_level"] == [OFF]
+        off = said["trace_level"] == [OFF] or said["trace_count"] == ["0"]
         most_per_s = self.rates.traces_per_s or TRACES_PER_S
         return self.rates._replace(traces_per_s=0 if off else most_per_s / rate)
 
@@ -83,14 +97,17 @@ def check(setting: str, values: Sequence[str]) -> None:
         if list(values) not in ([], [OFF], [TIMESTAMPS]):
             raise Invalid(f"{OFF} or {TIMESTAMPS}, got {', '.join(values)}", setting)
     elif setting == "trace_rate":
-        if values and (len(values) > 1 or not is_rate(values[0])):
+        if values and (len(values) > 1 or not is_whole(values[0], 1)):
             raise Invalid(f"one whole number from 1 to {RATE_MAX}, got {list(values)}", setting)
+    elif setting == "trace_count":
+        if values and list(values) != [ENDLESS] and (len(values) > 1 or not is_whole(values[0], 0)):
+            raise Invalid(f"one whole number, or -1 for no end, got {list(values)}", setting)
     else:
         raise Invalid(f"unknown trace setting: '{setting}'")
 
 
-def is_rate(text: str) -> bool:
-    return text.isascii() and text.isdigit() and 1 <= int(text[:11]) <= RATE_MAX
+def is_whole(text: str, least: int) -> bool:
+    return text.isascii() and text.isdigit() and least <= int(text[:11]) <= RATE_MAX
 
 
 def check_log(name: str, value: bool | int | str) -> None:

@@ -1,6 +1,6 @@
 """What is kept of single requests: the spans of those that are traced, the log of those logged."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from libs import telemetry
 from services.inference.endpoint import Endpoint, context_of
@@ -13,6 +13,8 @@ class Notes:
         self.journal = journal
         self.replica = replica
         self.rates = rates
+        self.on_trace: Callable[[str], None] = lambda model: None
+        """Told of each trace that no caller began."""
 
     def tell(self, endpoint: Endpoint, version: str, answered: Sequence[Noted]) -> None:
         """Spans and log entries of what a batch answered."""
@@ -28,6 +30,8 @@ class Notes:
         origin = endpoint.origins.get(version)
         registered = context_of(origin.registered) if origin else None
         note = noted.note
+        if not telemetry.is_sampled(note.parent):
+            self.on_trace(endpoint.name)
         telemetry.record(
             f"infer {endpoint.name}",
             place=note.place,

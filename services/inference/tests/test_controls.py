@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,15 +15,22 @@ from services.inference.tests.desk import (
     double,
     opened,
     refused,
+    request,
+    row,
     three,
 )
 from services.inference.tests.fronts import kinds
+from stack.testing import eventually
 
 
 @pytest.fixture(params=kinds())
 async def desk(request: pytest.FixtureRequest) -> AsyncIterator[Desk]:
     async with three(request.param) as made:
         yield made
+
+
+def is_left(desk: Desk, count: str) -> bool:
+    return desk.service.controls.settings("double")["trace_count"] == [count]
 
 
 async def test_deployments_decide_what_is_loaded(desk: Desk) -> None:
@@ -113,6 +121,18 @@ async def test_trace_settings_change_what_is_traced(desk: Desk) -> None:
     assert rates("double") == RATES.traces_per_s
 
 
+async def test_so_many_traces_and_no_more(desk: Desk) -> None:
+    served = desk.endpoints.served("double", "")
+    assert (await trace(desk, "double", trace_count=["2"]))["trace_count"] == ["2"]
+    for count in ("1", "0", "0"):
+        await desk.stub.ModelInfer(request("double", row(1, 2), [1, 2]))
+        await eventually(partial(is_left, desk, count))
+    assert served.rates.traces_per_s == 0
+    assert desk.endpoints.served("sum", "").rates == RATES
+    assert (await trace(desk, "double", trace_count=[]))["trace_count"] == ["-1"]
+    assert served.rates == RATES
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "said"),
     [
@@ -120,7 +140,7 @@ async def test_trace_settings_change_what_is_traced(desk: Desk) -> None:
         ("", {"trace_rate": ["1", "2"]}, "trace_rate: one whole number"),
         ("", {"trace_level": ["TENSORS"]}, "trace_level: OFF or TIMESTAMPS, got TENSORS"),
         ("", {"trace_file": ["/tmp/x"]}, "trace_file is '' here and cannot be changed"),  # noqa: S108 - refused
-        ("", {"trace_count": ["5"]}, "trace_count is '-1' here"),
+        ("", {"trace_count": ["-2"]}, "trace_count: one whole number, or -1 for no end"),
         ("", {"else": ["5"]}, "unknown trace setting: 'else'"),
         ("nobody", {}, "Request for unknown model: 'nobody'"),
     ],
