@@ -16,6 +16,8 @@ PINS: dict[str, tuple[str, ...]] = {
     "litserve": ("litserve==0.2.19", ONNXRUNTIME),
     "bentoml": ("bentoml==1.4.39", ONNXRUNTIME),
     "ray": ("ray[serve]==2.60.0", ONNXRUNTIME),
+    "tritonclient": ("tritonclient[grpc,http]==2.73.0",),
+    "schemathesis": ("schemathesis==4.32.5",),
     "aio": ("grpcio==1.85.1", "protobuf==7.36.2", "uvloop==0.23.0", ONNXRUNTIME),
 }
 INSTALL_S_MAX = 900

@@ -6,6 +6,7 @@ TRITON_EXAMPLES names; without it they are not run, and said not to be.
 """
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -16,20 +17,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from bench.peers.environments import Unavailable, installed
 from stack import ports
 from tests.conformance import fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = ROOT / ".peers"
 LEPTONIC = str(Path(sys.executable).with_name("leptonic"))
-UV = ROOT / ".uv" / "bin" / "uv"
 FOLDER_VARIABLE = "TRITON_EXAMPLES"
 BELOW = Path("src/python/examples")
 """Where a checkout has them."""
 READY_S = 60.0
 SCRIPT_S = 120.0
+SUITE_S = 900.0
+BATCH = 20
+PASSED = re.compile(r"(\d+) passed of (\d+)")
+FAILURE_LINES = 15
 SERVER_NAME = "triton"
 """Two of the examples ask for it."""
 GRPC = (
@@ -95,17 +99,6 @@ def wait_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
     raise RuntimeError(f"the server was not ready within {READY_S:.0f} s")
 
 
-def environment(name: str, *packages: str) -> Path:
-    """A Python of its own with these packages, newest; made once."""
-    folder = ENVIRONMENTS / name
-    python = folder / "bin" / "python"
-    if not python.exists():
-        print(f"installing {', '.join(packages)}", flush=True)
-        subprocess.run([UV, "venv", "-q", folder], check=True)
-        subprocess.run([UV, "pip", "install", "-q", "-p", folder, *packages], check=True)
-    return python
-
-
 def scripts_of(said: str) -> Path:
     folder = Path(said).expanduser()
     return folder / BELOW if (folder / BELOW).is_dir() else folder
@@ -168,6 +161,59 @@ def controlled(python: Path, folder: Path, name: str) -> list[str]:
             return tried(python, folder, name, server)
 
 
+def checked(environment: str, script: str, *arguments: str) -> Told:
+    """A script of ours around somebody's client, which counts by itself: `N passed of N`."""
+    line = [str(python_of(environment)), str(Path(__file__).with_name(script)), *arguments]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=SUITE_S)
+    except subprocess.TimeoutExpired:
+        return Told(environment, 0, 1, [f"not over within {SUITE_S:.0f} s"])
+    words = (done.stdout + done.stderr).strip().splitlines()
+    counts = [found for one in words if (found := PASSED.fullmatch(one))]
+    if not counts:
+        return Told(environment, 0, 1, words[-FAILURE_LINES:])
+    passed, of = (sum(int(one[n]) for one in counts) for n in (1, 2))
+    return Told(environment, passed, of, [] if passed == of else words[-FAILURE_LINES:])
+
+
+def python_of(environment: str) -> Path:
+    """Raises `Unavailable`."""
+    return installed(environment) / "bin" / "python"
+
+
+def mlserver_infer(server: Server, folder: Path) -> Told:
+    """Its batch command: a file of requests in, a file of answers out."""
+    given, taken = folder / "requests.jsonl", folder / "answers.jsonl"
+    given.write_text("".join(json.dumps(sum_of(number)) + "\n" for number in range(BATCH)))
+    command = [str(installed("mlserver") / "bin" / "mlserver"), "infer", "-u", server.http]
+    command += ["-m", "simple", "-i", str(given), "-o", str(taken), "-w", "4", "-s", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SUITE_S)
+    answers = taken.read_text().splitlines() if taken.exists() else []
+    passed = sum(is_sum(json.loads(answer)) for answer in answers)
+    problems = [] if passed == BATCH else (done.stdout + done.stderr).splitlines()[-FAILURE_LINES:]
+    return Told("mlserver infer", passed, BATCH, problems)
+
+
+def sum_of(number: int) -> dict[str, Any]:
+    return {
+        "id": str(number),
+        "inputs": [
+            {"name": name, "datatype": "INT32", "shape": [1, fixtures.ELEMENTS], "data": data}
+            for name, data in (
+                ("INPUT0", [number] * fixtures.ELEMENTS),
+                ("INPUT1", list(range(fixtures.ELEMENTS))),
+            )
+        ],
+    }
+
+
+def is_sum(answer: dict[str, Any]) -> bool:
+    outputs = {one["name"]: one["data"] for one in answer.get("outputs", ())}
+    number = int(answer["id"])
+    expected = [number + one for one in range(fixtures.ELEMENTS)]
+    return bool(outputs.get("OUTPUT0") == expected)
+
+
 def tell(one: Told) -> bool:
     """Whether all passed."""
     print(f"{one.client}: {one.passed} passed of {one.of}", flush=True)
@@ -176,20 +222,30 @@ def tell(one: Told) -> bool:
     return one.passed == one.of
 
 
+def clients(root: Path) -> Iterator[Told]:
+    if said := os.environ.get(FOLDER_VARIABLE):
+        yield examples(python_of("tritonclient"), scripts_of(said), root)
+    else:
+        print(
+            f"tritonclient examples: not run, {FOLDER_VARIABLE} names no checkout of "
+            "github.com/triton-inference-server/client"
+        )
+    with serving(root) as server, tempfile.TemporaryDirectory() as folder:
+        http = f"http://{server.http}"
+        yield checked("kserve", "kserve_client.py", http, server.grpc)
+        yield checked("schemathesis", "schemathesis_check.py", http, "simple")
+        yield mlserver_infer(server, Path(folder))
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="leptonic-conformance-") as folder:
-        root = Path(folder)
-        fixtures.write(root)
-        fine = True
-        if said := os.environ.get(FOLDER_VARIABLE):
-            python = environment("tritonclient", "tritonclient[grpc,http]")
-            fine &= tell(examples(python, scripts_of(said), root))
-        else:
-            print(
-                f"tritonclient examples: not run, {FOLDER_VARIABLE} names no checkout of "
-                "github.com/triton-inference-server/client"
-            )
-    return 0 if fine else 1
+        fixtures.write(Path(folder))
+        try:
+            told = [tell(one) for one in clients(Path(folder))]
+        except Unavailable as error:
+            print(f"a client cannot be installed: {error}")
+            return 1
+    return 0 if all(told) else 1
 
 
 if __name__ == "__main__":
