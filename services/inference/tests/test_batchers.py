@@ -4,7 +4,6 @@ by Python's and C++'s batcher alike."""
 import gc
 import random
 import re
-import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -34,11 +33,6 @@ from services.inference.tests.callers import (
 )
 
 LOOSE = Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])])
-
-
-class Silent(Caller):
-    def answered(self, *told: object) -> None:
-        self.done.set()
 
 
 @both
@@ -216,29 +210,6 @@ def test_a_runner_that_waits_for_a_batch_wakes_for_who_is_late_and_for_the_last_
             assert last.done.wait(PATIENCE_S)
             assert first.answer.batch_rows == last.answer.batch_rows == 2
             assert len(late.told) == 1
-
-
-@both
-def test_a_batch_that_runs_for_long_keeps_nobody_from_an_idle_runner(make: Make) -> None:
-    """The two kinds come at once and are due one after the other; the first is answered last."""
-    batcher = make(Lane("loose", "1", LOOSE, batched=True, opaque=False))
-    batcher.configure(Batching(max_queue_delay_microseconds=200), QUIET)
-    done = [threading.Semaphore(0), threading.Semaphore(0)]
-
-    def serve(_: int) -> None:
-        while (batch := batcher.take()) is not None:
-            width = batch.inputs()["x"].shape[1]
-            if width == 1:
-                assert done[1].acquire(timeout=PATIENCE_S)
-            batch.answer({"y": np.zeros(1, np.float32)})
-            done[width - 1].release()
-
-    with threads(2, serve):
-        for _ in range(100):
-            for width in (1, 2):
-                batcher.join({"x": np.zeros((1, width), np.float32)}, 1, Silent())
-            assert done[0].acquire(timeout=PATIENCE_S)
-        batcher.close()
 
 
 @both

@@ -1,6 +1,7 @@
 """What the Python front needs of its batcher: bytes in, bytes out, told once a batch."""
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 
@@ -10,9 +11,10 @@ import pytest
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from services.inference.front import Lane, Sampling
-from services.inference.python_batcher import Answered, PythonBatcher, Raw, Reply
+from services.inference.python_batcher import NEVER, Answered, PythonBatcher, Raw, Reply
 from services.inference.tests.callers import (
     LANE,
+    PATIENCE_S,
     QUIET,
     Caller,
     asked,
@@ -23,8 +25,16 @@ from services.inference.tests.callers import (
     taken,
     threads,
 )
+from stack.testing import eventually
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+LOOSE = Lane(
+    "loose",
+    "1",
+    Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])]),
+    batched=True,
+    opaque=False,
+)
 
 
 class Front:
@@ -201,9 +211,31 @@ def test_a_batch_is_over_once() -> None:
             batch.answer(run(batch.inputs()))
 
 
+async def test_a_batch_that_runs_for_long_keeps_nobody_from_an_idle_runner() -> None:
+    """One of two idle runners knows when the first kind is due; the other must be told of the
+    second, which is due while the first still runs."""
+    batcher, front = opened(Batching(max_queue_delay_microseconds=150_000), lane=LOOSE)
+    second = threading.Event()
+
+    def serve(_: int) -> None:
+        while (batch := batcher.take()) is not None:
+            if batch.inputs()["x"].shape[1] == 1:
+                assert second.wait(PATIENCE_S)
+            batch.answer({"y": np.zeros(1, np.float32)})
+            second.set()
+
+    with threads(2, serve):
+        await eventually(lambda: batcher.idle == 2)
+        batcher.join_raw([bytes(4)], [[1, 1]], 1, "first")
+        await eventually(lambda: batcher.look_ns < NEVER or batcher.line.waiting == 0)
+        batcher.join_raw([bytes(8)], [[1, 2]], 1, "second")
+        await eventually(lambda: len(front.answers) == 2)
+        batcher.close()
+    assert [answers[0][0] for answers in front.answers] == ["second", "first"]
+
+
 def test_shapes_that_never_come_again_are_not_kept() -> None:
-    loose = Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])])
-    batcher, _ = opened(Batching(), lane=Lane("m", "1", loose, batched=True, opaque=False))
+    batcher, _ = opened(Batching(), lane=LOOSE)
     for width in range(1, 500):
         ticket = batcher.join_raw([bytes(4 * width)], [[1, width]], 1, None)
         if width % 2:
