@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-INLINE_BYTES_MAX = 64 << 10
-"""Two copies through the kernel; above it, making and mapping shared memory costs less."""
+INLINE_BYTES_MAX = 160 << 10
+"""150 KB took 0.5 ms there and back in packets and 1.3 ms in shared memory, whose pages are made
+anew; a packet cannot be larger than what a socket may hold, 208 KiB as Linux comes."""
 HEADER = struct.Struct("<QQ")
 """Length of the head, length of the whole payload."""
 ALIGNMENT = 64
