@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from services.inference import frames
 from services.inference.frames import Header, Malformed
-from services.inference.http2 import Connection, Stream
+from services.inference.http2 import Connection
+from services.inference.sender import Stream
 
 MESSAGE_BYTES_MAX = 64 << 20
 HELD_BYTES_MAX = 1 << 30
@@ -34,7 +35,7 @@ TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])", re.ASCII)
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
 """As zlib names the formats."""
 INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAUTHENTICATED = 3, 8, 12, 13, 16
-TOKEN_NEEDED = "send the metadata 'authorization: Bearer <token>'"  # noqa: S105
+TOKEN_NEEDED = "send the metadata 'authorization: Bearer <token>'"  # noqa: S105 - what is said
 PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 OF_TRANSPORT = frozenset(
     (b"te", b"content-type", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding")

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hpack import Decoder
 
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
@@ -191,7 +192,7 @@ class Echo:
     async def wait(self, message: bytes, context: Any) -> bytes:
         self.seen["waiting"] = True
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -222,6 +223,12 @@ def values(response: oip.ModelInferResponse, index: int = 0) -> list[float]:
     return np.frombuffer(response.raw_output_contents[index], np.float32).tolist()  # type: ignore[no-any-return]
 
 
+async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return raised.value.code(), raised.value.details() or ""
+
+
 POST = [
     (b":method", b"POST"),
     (b":scheme", b"http"),
@@ -241,6 +248,7 @@ class RawClient:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.decoder = Decoder()
         self.stream = -1
 
     def hello(self) -> bytes:
@@ -266,6 +274,11 @@ class RawClient:
             head = await self.reader.readexactly(frames.FRAME_HEAD_BYTES)
             word, flags, stream = frames.FRAME.unpack(head)
             return word & 255, flags, stream, await self.reader.readexactly(word >> 8)
+
+    async def headers(self) -> dict[str, str]:
+        """Those of the next header block."""
+        block = await self.until(frames.HEADERS)
+        return {str(name): str(value) for name, value in self.decoder.decode(block)}
 
     async def until(self, kind: int, stream: int | None = None) -> bytes:
         """The payload of the next frame of this type."""
@@ -301,3 +314,9 @@ class RawClient:
 def chunks(data: bytes, size: int) -> Iterator[bytes]:
     for at in range(0, len(data), size):
         yield data[at : at + size]
+
+
+async def still_answers(here: Place) -> None:
+    async with here.client() as client:
+        answer = await client.ModelInfer(request(7.0), timeout=20)
+        assert values(answer) == [7.0] * 4

@@ -1,8 +1,7 @@
-"""A front, native or Python, answers good clients: the fast path, the slow path, and its end."""
+"""A front, native or Python, answers ModelInfer by itself when it is plain, and rightly."""
 
 import asyncio
-import json
-from collections.abc import Awaitable
+from time import monotonic_ns
 from typing import Any
 
 import grpc
@@ -16,29 +15,22 @@ from services.inference import router
 from services.inference.front import Lane, Sampling
 from services.inference.tests.fronts import (
     DIGITS,
-    ECHO,
     PAIR,
     SAID_BY_PYTHON,
     kinds,
     pair,
     place,
+    refusal,
     request,
     times,
     values,
 )
-from stack import ports
 from stack.testing import eventually
 
 pytestmark = pytest.mark.parametrize("kind", kinds())
 HEX = set("0123456789abcdef")
 PARENT = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 Code = grpc.StatusCode
-
-
-async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await call
-    return raised.value.code(), raised.value.details() or ""
 
 
 async def test_every_request_gets_its_own_answer(kind: str) -> None:
@@ -211,7 +203,8 @@ async def test_who_waited_too_long_is_told(kind: str) -> None:
         parameters: Any = {"timeout": {"int64_param": 1000}}
         call = client.ModelInfer(request(parameters=parameters))
         await eventually(lambda: batcher.counts().waiting == 1)
-        await asyncio.sleep(0.002)  # its timeout is over, whenever the runner comes
+        waits_ns = monotonic_ns()
+        await eventually(lambda: monotonic_ns() > waits_ns + 2_000_000)
         here.go.set()
         assert await refusal(call) == (Code.UNAVAILABLE, "Request timeout expired")
 
@@ -290,73 +283,6 @@ async def test_a_batch_that_fails_may_be_run_one_by_one(kind: str) -> None:
         batcher.close()
 
 
-async def test_unary_and_streams_of_every_kind(kind: str) -> None:
-    async with place(kind) as here, here.channel() as channel:
-        assert await channel.unary_unary(ECHO + "Unary")(b"hello") == b"hello"
-        assert await channel.unary_unary(ECHO + "Unary")(b"") == b""
-        sent = [bytes([n]) * n for n in range(50)]
-        assert await channel.stream_unary(ECHO + "Join")(iter(sent)) == b"".join(sent)
-        repeated = [one async for one in channel.unary_stream(ECHO + "Repeat")(b"again")]
-        assert repeated == [b"again"] * 5
-        talk = channel.stream_stream(ECHO + "Talk")()
-        for n in range(20):
-            await talk.write(b"%d!" % n)
-            assert await talk.read() == (b"%d!" % n)[::-1]
-        await talk.done_writing()
-        assert await talk.read() is grpc.aio.EOF
-        assert await talk.code() is Code.OK
-
-
-async def test_metadata_goes_both_ways(kind: str) -> None:
-    async with place(kind) as here, here.channel() as channel:
-        metadata = (("mine", "of bytes"), ("mine", "again"), ("odd-bin", b"\x00\x01"))
-        call = channel.unary_unary(ECHO + "About")(b"", metadata=metadata, timeout=60)
-        known = json.loads(await call)
-        got = [tuple(pair) for pair in known["metadata"]]
-        assert ("mine", "of bytes") in got
-        assert ("mine", "again") in got
-        assert [value.rstrip("=") for name, value in got if name == "odd-bin"] == ["AAE"]
-        assert not {name for name, _ in got} & {"te", "content-type", "grpc-timeout", ":path"}
-        assert 0 < known["left_s"] <= 60
-        assert known["peer"].startswith("ipv4:127.0.0.1:")
-        trailing = [tuple(pair) for pair in await call.trailing_metadata()]
-        assert ("trail", "of bytes") in trailing
-        assert ("odd-bin", b"\x00\x01") in trailing
-
-
-@pytest.mark.parametrize("how", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-async def test_compressed_messages_are_read(kind: str, how: grpc.Compression) -> None:
-    async with place(kind) as here, here.channel(compression=how) as channel:
-        assert await channel.unary_unary(ECHO + "Unary")(b"a" * 100_000) == b"a" * 100_000
-        sent = [b"b" * 1000] * 20
-        assert await channel.stream_unary(ECHO + "Join")(iter(sent)) == b"".join(sent)
-
-
-async def test_a_deadline_reaches_the_servicer(kind: str) -> None:
-    async with place(kind) as here, here.channel() as channel:
-        call = channel.unary_unary(ECHO + "Wait")(b"", timeout=0.3)
-        assert (await refusal(call))[0] is Code.DEADLINE_EXCEEDED
-        await eventually(lambda: here.echo.cancelled == 1)
-
-
-async def test_a_cancelled_call_ends_its_servicer(kind: str) -> None:
-    async with place(kind) as here, here.channel() as channel:
-        call = channel.unary_unary(ECHO + "Wait")(b"")
-        await eventually(lambda: here.echo.seen)
-        call.cancel()
-        await eventually(lambda: here.echo.cancelled == 1)
-
-
-async def test_large_messages_go_both_ways_while_others_go_on(kind: str) -> None:
-    async with place(kind) as here, here.channel() as channel, here.client() as client:
-        here.serve_digits({"1": 100})
-        large = bytes(range(256)) * 40_000
-        calls = [channel.unary_unary(ECHO + "Unary")(large, timeout=60) for _ in range(3)]
-        small = await asyncio.gather(*(client.ModelInfer(request(n)) for n in range(50)))
-        assert [values(one) for one in small] == [[float(n)] * 4 for n in range(50)]
-        assert all([await call == large for call in calls])
-
-
 async def test_a_large_inference_is_answered(kind: str) -> None:
     signature = Signature(
         [Tensor("x", "FP32", [-1, -1])],
@@ -371,88 +297,3 @@ async def test_a_large_inference_is_answered(kind: str) -> None:
         answer = await client.ModelInfer(sent, timeout=60)
         assert answer.raw_output_contents[0] == (array * 2).tobytes()
         assert list(answer.outputs[0].shape) == [2, 1_300_000]
-
-
-async def test_an_unknown_method_is_unimplemented(kind: str) -> None:
-    async with place(kind) as here, here.channel() as channel:
-        code, _ = await refusal(channel.unary_unary("/no.Such/Method")(b""))
-        assert code is Code.UNIMPLEMENTED
-
-
-@pytest.mark.parametrize("authorization", ["", "Bearer wrong", "secret", "Bearer secretandmore"])
-async def test_without_a_token_nothing_is_told_but_health(kind: str, authorization: str) -> None:
-    async with place(kind, tokens=["other", "secret"]) as here, here.client() as client:
-        here.serve_digits({"1": 100})
-        metadata = (("authorization", authorization),) if authorization else ()
-        wanted = (Code.UNAUTHENTICATED, "send the metadata 'authorization: Bearer <token>'")
-        assert await refusal(client.ModelInfer(request(), metadata=metadata)) == wanted
-        assert (
-            await refusal(client.ServerLive(oip.ServerLiveRequest(), metadata=metadata)) == wanted
-        )
-        async with here.channel() as channel:
-            check = channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
-            assert (await refusal(check))[0] is Code.UNIMPLEMENTED  # nobody hosts it here
-
-
-async def test_with_a_token_everything_is_answered(kind: str) -> None:
-    async with place(kind, tokens=["other", "secret"]) as here, here.client() as client:
-        here.serve_digits({"1": 100})
-        for token in ("secret", "other"):
-            metadata = (("authorization", f"Bearer {token}"),)
-            assert values(await client.ModelInfer(request(), metadata=metadata)) == [1.0] * 4
-
-
-async def test_a_taken_port_is_an_error(kind: str) -> None:
-    async with place(kind) as here:
-        with pytest.raises(OSError, match="in use"):
-            async with place(kind, port=here.front.port):
-                pass
-
-
-async def test_clients_move_to_another_front_and_lose_nothing(kind: str) -> None:
-    [port] = ports.free(1)
-    async with place(kind, port=port) as old:
-        old.serve_digits({"1": 100})
-        async with place(kind, port=port) as new, old.client() as one, old.client() as two:
-            new.serve_digits({"2": 100})
-            answered: list[str] = []
-            over = asyncio.Event()
-
-            async def keep_asking(client: Any) -> None:
-                while not over.is_set():
-                    answer = await client.ModelInfer(request())
-                    assert values(answer) == [float(answer.model_version)] * 4
-                    answered.append(answer.model_version)
-
-            tasks = [asyncio.create_task(keep_asking(client)) for client in (one, two) * 4]
-            await eventually(lambda: len(answered) > 100)
-            old.front.say_goodbye()
-            await old.front.close(10)
-            at = len(answered)
-            await eventually(lambda: len(answered) > at + 100)
-            assert set(answered[at + 8 :]) == {"2"}
-            over.set()
-            await asyncio.gather(*tasks)
-
-
-async def test_what_was_accepted_is_answered_before_the_end(kind: str) -> None:
-    async with place(kind) as here, here.client() as client:
-        here.go.clear()
-        batcher = here.serve_digits({"1": 100})["1"]
-        calls = [client.ModelInfer(request(n)) for n in range(10)]
-        await eventually(lambda: batcher.counts().waiting == 10)
-        closing = asyncio.create_task(here.front.close(20))
-        await asyncio.sleep(0)
-        here.go.set()
-        assert [values(await call) for call in calls] == [[float(n)] * 4 for n in range(10)]
-        await closing
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_connection("127.0.0.1", here.front.port)
-
-
-async def test_an_end_does_not_wait_for_ever(kind: str) -> None:
-    async with place(kind) as here, here.channel() as channel:
-        call = channel.unary_unary(ECHO + "Wait")(b"")
-        await eventually(lambda: here.echo.seen)
-        await here.front.close(0.2)
-        assert (await refusal(call))[0] is Code.UNAVAILABLE

@@ -1,14 +1,10 @@
 """A client that misbehaves gets a clear end and hurts nobody: bare sockets, fuzzed bytes."""
 
 import asyncio
-import random
 import struct
-from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference import frames
@@ -16,13 +12,12 @@ from services.inference.rpcs import MESSAGE_BYTES_MAX, MODEL_INFER
 from services.inference.tests.fronts import (
     ECHO,
     POST,
-    Place,
-    RawClient,
     chunks,
     kinds,
     place,
     prefixed,
     request,
+    still_answers,
     values,
 )
 from stack.testing import eventually
@@ -30,12 +25,6 @@ from stack.testing import eventually
 pytestmark = pytest.mark.parametrize("kind", kinds())
 PLAIN = request(3.0)
 GOOD = PLAIN.SerializeToString()
-
-
-async def still_answers(here: Place) -> None:
-    async with here.client() as client:
-        answer = await client.ModelInfer(request(7.0), timeout=20)
-        assert values(answer) == [7.0] * 4
 
 
 def response(data: bytes) -> oip.ModelInferResponse:
@@ -96,7 +85,7 @@ async def test_half_a_message_is_refused(kind: str) -> None:
         here.serve_digits({"1": 100})
         raw = await here.raw()
         await raw.say(raw.hello() + raw.ask(MODEL_INFER, prefixed(GOOD)[:-1]))
-        assert b"grpc-status" in await raw.until(frames.HEADERS)
+        assert (await raw.headers())["grpc-status"] in {"3", "13"}
         await still_answers(here)
 
 
@@ -110,11 +99,14 @@ async def test_who_does_not_read_is_not_written_for(kind: str) -> None:
         opening += frames.frame(frames.WINDOW_UPDATE, 0, 0, more)
         await raw.say(opening + raw.ask(ECHO + "Flood", prefixed(b"")))
         await eventually(lambda: here.echo.written > 0)
-        before = -1
-        while before != here.echo.written:  # until it stands still
+
+        async def stands_still() -> bool:
             before = here.echo.written
-            await still_answers(here)
-            await asyncio.sleep(0.2)
+            for _ in range(10):
+                await still_answers(here)
+            return before == here.echo.written
+
+        await eventually(stands_still)
         assert here.echo.written < 128
         raw.vanish()
         await eventually(lambda: not here.host.running)
@@ -147,8 +139,9 @@ async def test_a_message_that_is_too_large_is_refused_by_its_length(kind: str) -
         for stream, size in enumerate((MESSAGE_BYTES_MAX + 1, (1 << 32) - 1)):
             claim = b"\x00" + size.to_bytes(4, "big") + bytes(100)
             await raw.say((b"" if stream else raw.hello()) + raw.ask(MODEL_INFER, claim))
-            said = await raw.until(frames.HEADERS)
-            assert b"message of %d bytes: at most 67108864 are taken" % size in said
+            said = await raw.headers()
+            assert said["grpc-status"] == "8"
+            assert said["grpc-message"] == f"message of {size} bytes: at most 67108864 are taken"
         large = bytes(MESSAGE_BYTES_MAX + 1)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await channel.unary_unary(ECHO + "Unary")(large, timeout=60)
@@ -163,7 +156,7 @@ def broken() -> dict[str, tuple[bytes, set[int]]]:
     flood = frame(frames.HEADERS, 0, 1, head)
     flood += frame(frames.CONTINUATION, 0, 1, frames.block([(b"a", bytes(9000))])) * 20
     opened = frame(frames.HEADERS, frames.END_HEADERS, 1, head)
-    word, calm = frames.WORD.pack, frames.ENHANCE_YOUR_CALM
+    word, calm, internal = frames.WORD.pack, frames.ENHANCE_YOUR_CALM, frames.INTERNAL_ERROR
     resets = b"".join(
         frame(frames.HEADERS, frames.END_HEADERS, 2 * n + 1, head)
         + frame(frames.RST_STREAM, 0, 2 * n + 1, word(frames.CANCEL))
@@ -183,7 +176,7 @@ def broken() -> dict[str, tuple[bytes, set[int]]]:
             {protocol},
         ),
         "a continuation of nothing": (frame(frames.CONTINUATION, 4, 1, head), {protocol}),
-        "headers that never end": (flood, {calm, protocol, frames.COMPRESSION_ERROR}),
+        "headers that never end": (flood, {calm, protocol, internal}),
         "no header block": (
             frame(frames.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff\xff"),
             {frames.COMPRESSION_ERROR},
@@ -200,7 +193,7 @@ def broken() -> dict[str, tuple[bytes, set[int]]]:
         "a push": (opened + frame(frames.PUSH, 4, 1, word(2) + head), {protocol}),
         "a reset of an idle stream": (frame(frames.RST_STREAM, 0, 7, word(8)), {protocol}),
         "more padding than payload": (opened + frame(frames.DATA, 8, 1, b"\x09a"), {protocol}),
-        "streams opened to be reset": (resets, {calm}),
+        "streams opened to be reset": (resets, {calm, internal}),
     }
 
 
@@ -282,136 +275,19 @@ async def test_other_ways_to_ask_have_an_answer(kind: str) -> None:
 @pytest.mark.parametrize(
     ("headers", "said"),
     [
-        ([(b":method", b"GET")], b"405"),
-        ([(b"content-type", b"text/html")], b"415"),
-        ([(b"grpc-timeout", b"soon")], b"grpc-status"),
-        ([(b"grpc-encoding", b"snappy")], b"grpc-accept-encoding"),
+        ([(b":method", b"GET")], (":status", "405")),
+        ([(b"content-type", b"text/html")], (":status", "415")),
+        ([(b"grpc-timeout", b"soon")], ("grpc-status", "13")),
+        ([(b"grpc-encoding", b"snappy")], ("grpc-status", "12")),
     ],
 )
 async def test_headers_that_ask_for_something_else_are_answered(
-    kind: str, headers: list[frames.Header], said: bytes
+    kind: str, headers: list[frames.Header], said: tuple[str, str]
 ) -> None:
-    if kind == "native":
-        pytest.skip("the texts are the Python front's")
     async with place(kind) as here:
         given = {b":method": b"POST", b":path": b"/a", b":scheme": b"http"}
         given |= {b"content-type": b"application/grpc"} | dict(headers)
         raw = await here.raw()
         head = frames.block(list(given.items()))
         await raw.say(raw.hello() + frames.frame(frames.HEADERS, 5, 1, head))
-        assert said in await raw.until(frames.HEADERS)
-
-
-async def poured(here: Place, data: bytes) -> None:
-    """Said at once, and heard for as long as there is something to hear."""
-    raw = await here.raw()
-    try:
-        await raw.say(data)
-        async with asyncio.timeout(0.02):
-            while await raw.reader.read(1 << 16):
-                pass
-    except (TimeoutError, ConnectionError):
-        pass
-    raw.vanish()
-
-
-def conversation(raw: RawClient) -> bytes:
-    asked = [raw.ask(MODEL_INFER, prefixed(GOOD), split) for split in (16384, 50)]
-    asked += [raw.ask(ECHO + name, prefixed(b"hello")) for name in ("Unary", "Repeat", "About")]
-    return raw.hello() + b"".join(asked)
-
-
-def mutated(data: bytes, dice: random.Random) -> bytes:
-    found = bytearray(data)
-    for _ in range(dice.randint(1, 8)):
-        if not found:
-            break
-        at = dice.randrange(len(found))
-        match dice.randrange(4):
-            case 0:
-                found[at] = dice.randrange(256)
-            case 1:
-                del found[at : at + dice.randint(1, 20)]
-            case 2:
-                found[at:at] = dice.randbytes(dice.randint(1, 20))
-            case _:
-                del found[max(at, 40) :]
-    return bytes(found)
-
-
-async def test_a_mutated_conversation_hurts_nobody(kind: str) -> None:
-    dice = random.Random(20261121)
-    async with place(kind) as here:
-        here.serve_digits({"1": 100})
-        raw = await here.raw()
-        good = conversation(raw)
-        opening = len(raw.hello())
-        for _ in range(20):
-            said = [good[:opening] + mutated(good[opening:], dice) for _ in range(15)]
-            await asyncio.gather(*(poured(here, one) for one in said))
-            await still_answers(here)
-        await eventually(lambda: not here.host.running)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    said=st.lists(
-        st.tuples(
-            st.integers(0, 11), st.integers(0, 255), st.integers(0, 7), st.binary(max_size=60)
-        ),
-        min_size=1,
-        max_size=20,
-    )
-)
-def test_any_frames_hurt_nobody(kind: str, said: list[tuple[int, int, int, bytes]]) -> None:
-    async def check() -> None:
-        async with place(kind) as here:
-            here.serve_digits({"1": 100})
-            raw = await here.raw()
-            await poured(here, raw.hello() + b"".join(frames.frame(*one) for one in said))
-            await still_answers(here)
-
-    asyncio.run(check())
-
-
-BODIES: dict[str, bytes] = {
-    "nothing": b"",
-    "2 GB of a name": b"\x0a\xff\xff\xff\xff\x07abc",
-    "2 GB of contents": GOOD[:-18] + b"\x3a\x80\x80\x80\x80\x08",
-    "a length that never ends": b"\x0a" + b"\xff" * 30,
-    "a million empty contents": GOOD + b"\x3a\x00" * 1_000_000,
-    "unknown fields": GOOD + b"\xf8\x07\x01",
-    "a group": b"\x0b" * 200 + GOOD,
-    "names that are not UTF-8": GOOD.replace(b"digits", b"dig\xff\xfes"),
-    "not a number": request(float("nan")).SerializeToString(),
-    "twice": GOOD + GOOD,
-}
-
-
-async def status(channel: Any, body: bytes) -> grpc.StatusCode:
-    try:
-        await channel.unary_unary(MODEL_INFER)(body, timeout=30)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
-
-
-@pytest.mark.parametrize("what", BODIES)
-async def test_a_strange_body_has_a_clear_status(kind: str, what: str) -> None:
-    async with place(kind) as here, here.channel() as channel:
-        here.serve_digits({"1": 100})
-        for _ in range(2):
-            code = await status(channel, BODIES[what])
-            expected = "OK" if what == "not a number" else "INVALID_ARGUMENT"
-            assert code is grpc.StatusCode[expected]
-        await still_answers(here)
-
-
-async def test_fuzzed_bodies_have_a_clear_status(kind: str) -> None:
-    dice = random.Random(4)
-    async with place(kind) as here, here.channel() as channel:
-        here.serve_digits({"1": 100})
-        bodies = [mutated(GOOD, dice) for _ in range(400)] + [GOOD[:n] for n in range(len(GOOD))]
-        got = {await status(channel, body) for body in bodies}
-        assert got <= {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
-        await still_answers(here)
+        assert said in (await raw.headers()).items()

@@ -70,7 +70,7 @@ class Servicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self.cancelled = 0
         self.seen: Any = None
 
-    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802 - generated
         self.seen = context
         match request.name:
             case "missing":
@@ -86,17 +86,17 @@ class Servicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 context.set_details("too far")
             case "slow":
                 try:
-                    await asyncio.sleep(60)
+                    await asyncio.Event().wait()
                 except asyncio.CancelledError:
                     self.cancelled += 1
                     raise
         context.set_trailing_metadata((("model", request.name),))
         return oip.ModelReadyResponse(ready=True)
 
-    def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802 - generated
         return oip.ServerLiveResponse(live=True)
 
-    async def ModelStreamInfer(  # noqa: N802
+    async def ModelStreamInfer(  # noqa: N802 - generated
         self, request_iterator: AsyncIterator[Any], context: Any
     ) -> AsyncIterator[Any]:
         async for request in request_iterator:
