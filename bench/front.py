@@ -1,7 +1,7 @@
 """The front alone: `python -m bench.front [native|python] [MODEL ...]`, one core for it, one for
 h2load.
 
-Prints requests/s and the median latency at three concurrencies for an identity float32[64] in numpy
+Prints requests/s, what each costs the server, and h2load's latencies (min max mean sd) at three concurrencies for an identity float32[64] in numpy
 and for an mlp 64-128-10 through onnxruntime, and where a request's time went.
 """
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,14 @@ async def measure(kind: str, name: str) -> None:
     runner.start()
     with body_of(name) as body:
         for concurrency in LOADS:
+            before, began_s = batcher.counts().success_count, time.process_time()
             rate, times = await asyncio.to_thread(load, front.port, body, concurrency)
-            print(f"{kind} {name:>8} c{concurrency:<3} {rate:>9,.0f} req/s  {times}")
+            spent_us = (time.process_time() - began_s) * 1e6
+            each_us = spent_us / (batcher.counts().success_count - before)
+            print(
+                f"{kind} {name:>8} c{concurrency:<3} {rate:>9,.0f} req/s {each_us:6.2f} us CPU each"
+                f"  {times}"
+            )
     counts = batcher.counts()
     assert not counts.failures, counts
     mean_rows = counts.inference_count / sum(runs for runs, *_ in counts.batches.values())

@@ -1,15 +1,17 @@
 """Compiles leptonic_native: `build.py install` into this interpreter, `build.py wheel` also as a
-wheel in dist/native, `build.py sanitized` the checks of `make native-sanitized`.
+wheel in dist/native, `build.py sanitized` the checks of `make native-sanitized`, and runs them.
 
 g++ alone: a build system would be more than what it builds.
 """
 
 import base64
 import hashlib
+import os
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +23,9 @@ BUILD = ROOT / "build" / "native"
 NAME = "leptonic_native"
 VERSION = "0.1.0"
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
-CORE = ("line", "wire", "sampling", "tally", "mailbox", "batcher", "batch", "session", "front")
+CHECKS = HERE / "checks"
+SANITIZERS = ("address,undefined", "thread")
+ROUNDS = 200_000
 FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-field-initializers")
 
@@ -41,30 +45,51 @@ def includes() -> list[str]:
     return [f"-isystem{folder}" for folder in folders]
 
 
-def compiled(source: Path) -> Path:
+def compiled(source: Path, folder: Path, flags: Sequence[str]) -> Path:
     """Its object file; an older one is taken when nothing that it is made from has changed."""
-    target = BUILD / f"{source.stem}.o"
-    newest = max(path.stat().st_mtime for path in [source, Path(__file__), *HERE.glob("*.h")])
+    target = folder / f"{source.stem}.o"
+    makings = [source, Path(__file__), *HERE.glob("*.h"), *CHECKS.glob("*.h")]
+    newest = max(path.stat().st_mtime for path in makings)
     if not target.exists() or target.stat().st_mtime < newest:
-        command = ["g++", *FLAGS, *WARNINGS, *includes(), "-c", str(source), "-o", str(target)]
+        command = ["g++", *flags, *WARNINGS, "-c", str(source), "-o", str(target)]
         subprocess.run(command, check=True)
     return target
 
 
+def linked(
+    sources: Sequence[Path], target: Path, compiling: Sequence[str], linking: Sequence[str]
+) -> Path:
+    folder = target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: compiled(source, folder, compiling), sources))
+    if not target.exists() or max(o.stat().st_mtime for o in objects) > target.stat().st_mtime:
+        command = ["g++", *linking, *map(str, objects), "-lnghttp2", "-o", str(target)]
+        subprocess.run(command, check=True)
+    return target
+
+
+def core() -> list[Path]:
+    return [path for path in sorted(HERE.glob("*.cpp")) if path.name != "module.cpp"]
+
+
 def built() -> Path:
-    BUILD.mkdir(parents=True, exist_ok=True)
+    """Nothing is done when nothing has changed."""
     target, stamp = BUILD / f"{NAME}{SUFFIX}", BUILD / "fingerprint"
     now = fingerprint()
-    if target.exists() and stamp.exists() and stamp.read_text() == now:
-        return target
-    nano = Path(nanobind.source_dir()) / "nb_combined.cpp"
-    sources = [nano, HERE / "module.cpp", *(HERE / f"{name}.cpp" for name in CORE)]
-    with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compiled, sources))
-    link = ["g++", "-shared", "-s", *map(str, objects), "-lnghttp2", "-o", str(target)]
-    subprocess.run(link, check=True)
-    stamp.write_text(now)
+    if not (target.exists() and stamp.exists() and stamp.read_text() == now):
+        binding = [Path(nanobind.source_dir()) / "nb_combined.cpp", HERE / "module.cpp"]
+        linked([*binding, *core()], target, [*FLAGS, *includes()], ["-shared", "-s"])
+        stamp.write_text(now)
     return target
+
+
+def checked(sanitizers: str, rounds: int, seed: int) -> None:
+    """Raises `CalledProcessError` for what the checks or the sanitizers find."""
+    flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    target = BUILD / sanitizers.replace(",", "-") / "checks"
+    program = linked([*sorted(CHECKS.glob("*.cpp")), *core()], target, flags, flags[3:4])
+    subprocess.run([str(program), str(seed), str(rounds)], check=True)
 
 
 def install(library: Path) -> str:
@@ -105,7 +130,13 @@ def digest(data: bytes) -> str:
 
 
 if __name__ == "__main__":
-    library = built()
-    print(f"native front: {install(library)}")
-    if sys.argv[1:] == ["wheel"]:
-        print(wheel(library).relative_to(ROOT))
+    match sys.argv[1:]:
+        case ["sanitized", *rest]:
+            rounds, seed = int(rest[0]) if rest else ROUNDS, int(rest[1]) if rest[1:] else 1
+            for sanitizers in SANITIZERS:
+                checked(sanitizers, rounds, seed)
+        case [what]:
+            library = built()
+            print(f"native front: {install(library)}")
+            if what == "wheel":
+                print(wheel(library).relative_to(ROOT))

@@ -251,6 +251,7 @@ void Session::release(Stream& stream) {
   stream.id = stream.code = 0;
   free_.push_back(&stream);
   --open_;
+  assert(open_ > 0 || (held_ == 0 && partial_ == 0 && unsent_ == 0));
   refill_connection();
 }
 
@@ -411,8 +412,9 @@ void Session::handle(Mail& mail) {
     return refill(*stream, std::min(stream->held, static_cast<size_t>(mail.code)));
   if (mail.kind == Mail::kWrite || mail.kind == Mail::kAnswer) write(*stream, std::move(mail.bytes));
   if (mail.kind == Mail::kAnswer) finish(*stream, kOk, {});
-  if (mail.kind == Mail::kStatus)
-    finish(*stream, mail.code, std::move(mail.bytes), std::move(mail.trailing));
+  if (mail.kind != Mail::kStatus) return;
+  stream->way = Stream::kOver;  // Python knows
+  finish(*stream, mail.code, std::move(mail.bytes), std::move(mail.trailing));
 }
 
 void Session::write(Stream& stream, std::string bytes) {
@@ -425,6 +427,7 @@ void Session::write(Stream& stream, std::string bytes) {
 
 void Session::finish(Stream& stream, int code, std::string text, Pairs trailing) {
   assert(!stream.finished);
+  if (stream.way == Stream::kSlow) desk_.gone(*this, stream);
   stream.finished = true;
   stream.code = code;
   stream.text = std::move(text);

@@ -1,0 +1,133 @@
+// Threads: whoever joins while others take, leave, configure and close is answered or refused, once.
+#include <atomic>
+#include <thread>
+
+#include "../batcher.h"
+#include "../clock.h"
+#include "checks.h"
+
+namespace leptonic {
+
+namespace {
+
+constexpr int64_t kRowsMax = 8;
+
+struct Scene {
+  std::shared_ptr<Mailbox> mailbox = std::make_shared<Mailbox>();
+  std::shared_ptr<Batcher> batcher = std::make_shared<Batcher>(
+      Lane{"m", "1", {{"x", "INT64", {-1}, 8}}, {{"y", "INT64", {-1}, 8}}, true, false}, mailbox);
+  std::atomic<int> refused{0}, left{0}, told{0};
+};
+
+std::unique_ptr<Request> some_of(int32_t number, Random& random) {
+  auto request = std::make_unique<Request>();
+  request->call = {1, number};
+  request->rows = static_cast<int64_t>(1 + below(random, 3));
+  request->body.assign(static_cast<size_t>(request->rows) * 8, static_cast<char>(number));
+  request->raws[0] = request->body;
+  request->arrived_ns = now_ns();
+  if (below(random, 8) == 0) request->deadline_ns = now_ns() + static_cast<int64_t>(below(random, 200'000));
+  request->priority = below(random, 4);
+  return request;
+}
+
+void join(Scene& scene, int32_t first, int count, uint64_t seed) {
+  Random random(seed);
+  for (int32_t number = first; number < first + count; ++number) {
+    auto request = some_of(number, random);
+    int64_t ticket = scene.batcher->join(request);
+    if (ticket <= 0) {
+      CHECK(ticket == kFull);
+      ++scene.refused;
+    } else if (below(random, 10) == 0 && scene.batcher->leave(ticket)) {
+      ++scene.left;
+    }
+    scene.batcher->wake();
+  }
+}
+
+void answer(Batch& batch) {
+  auto bytes = static_cast<size_t>(batch.rows()) * 8;
+  std::vector<char> rows(bytes);
+  batch.begin_gathering();
+  batch.gather(0, rows.data());
+  batch.end_gathering();
+  batch.end_inferring();
+  batch.answer({{rows.data(), batch.input_shape(0)}});
+}
+
+void work(Scene& scene, uint64_t seed) {
+  Random random(seed);
+  for (;;) {
+    std::unique_ptr<Batch> batch;
+    std::vector<Refused> late;
+    if (!scene.batcher->take(batch, late)) return;
+    if (!batch) continue;
+    CHECK(batch->rows() <= kRowsMax);
+    switch (below(random, 4)) {
+      case 0: batch->fail(kInternal, "broken"); break;
+      case 1:
+        for (auto& part : batch->split()) answer(*part);
+        break;
+      default: answer(*batch);
+    }
+  }
+}
+
+void configure(Scene& scene, uint64_t seed, const std::atomic<bool>& over) {
+  Random random(seed);
+  while (!over) {
+    Limits limits;
+    limits.max_batch_size = kRowsMax - static_cast<int64_t>(below(random, 6));
+    limits.max_queue_delay_ns = static_cast<int64_t>(below(random, 50'000));
+    limits.priority_levels = below(random, 4);
+    limits.delay_late = below(random, 2);
+    limits.default_timeout_us = static_cast<int64_t>(below(random, 3) * 100);
+    scene.batcher->configure(limits, {double(below(random, 3)), 50, 10});
+    int64_t waiting = 0;
+    scene.batcher->tally(waiting);
+    std::this_thread::yield();
+  }
+}
+
+// As the front's thread does: asleep unless something came.
+void collect(Scene& scene, const std::atomic<bool>& over) {
+  std::vector<Mail> mails;
+  for (bool last = false; !last;) {
+    last = over;
+    scene.mailbox->may_sleep();
+    scene.mailbox->awake(true);
+    scene.mailbox->collect(mails);
+    scene.told += static_cast<int>(mails.size());
+    mails.clear();
+    std::this_thread::yield();
+  }
+}
+
+}  // namespace
+
+void check_threads(uint64_t seed, int rounds) {
+  constexpr int kJoiners = 3, kRunners = 2;
+  Scene scene;
+  Limits limits;
+  limits.max_batch_size = kRowsMax;
+  scene.batcher->configure(limits, {});
+  std::atomic<bool> joined{false}, over{false};
+  std::vector<std::thread> runners, joiners;
+  for (uint64_t i = 0; i < kRunners; ++i) runners.emplace_back([&, i] { work(scene, seed + i); });
+  for (int i = 0; i < kJoiners; ++i)
+    joiners.emplace_back([&, i] { join(scene, 1 + i * rounds, rounds, seed + 100 + static_cast<uint64_t>(i)); });
+  std::thread configurer([&] { configure(scene, seed, joined); });
+  std::thread collector([&] { collect(scene, over); });
+  for (auto& thread : joiners) thread.join();
+  joined = true;
+  configurer.join();
+  scene.batcher->close();
+  for (auto& thread : runners) thread.join();
+  over = true;
+  collector.join();
+  CHECK(scene.told + scene.refused + scene.left == kJoiners * rounds);
+  std::printf("threads: %d told, %d refused, %d left\n", scene.told.load(), scene.refused.load(), scene.left.load());
+}
+
+}  // namespace leptonic
