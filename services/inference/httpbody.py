@@ -1,10 +1,11 @@
 """Bodies over HTTP: read within bounds, decompressed, decoded; sent as the client takes them."""
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from libs.doors.serve import MESSAGE_BYTES_MAX
@@ -15,6 +16,7 @@ from services.inference.compression import TooLarge
 IN_PLACE_BYTES = 64 << 10
 """What is (de)compressed sooner than a thread is found."""
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 async def body_of(request: Request) -> bytes:
@@ -39,6 +41,20 @@ async def struct_of(request: Request, kind: type[S]) -> S:
 async def object_of(request: Request, kind: Any) -> dict[str, Any]:
     found: dict[str, Any] = decoded(await body_of(request) or b"{}", kind)
     return found
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives; once the client has gone, it is cancelled. Raises `ClientDisconnect`."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
 
 
 async def sent(request: Request, body: Body) -> Response:

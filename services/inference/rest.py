@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from google.protobuf.message import Message
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -23,12 +23,14 @@ from services.inference import generate, openapi
 from services.inference.bodies import HEADER_LENGTH, Exchange
 from services.inference.calls import Answer
 from services.inference.guard import Guard
-from services.inference.httpbody import body_of, object_of, sent, struct_of
+from services.inference.httpbody import body_of, object_of, sent, struct_of, while_there
 from services.inference.messages import plain
 from services.inference.server import OpenInference
 
 RETRY_AFTER_S = "1"
 UNAVAILABLE = 503
+GONE = 499
+"""As others call it: the client closed its request."""
 U32_MAX = (1 << 32) - 1
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -156,13 +158,14 @@ class Rest:
     async def infer(self, request: Request) -> Response:
         place = named(request)
         self.endpoints.served(**place)
-        body = await self.exchange.infer(
+        work = self.exchange.infer(
             place["name"],
             place["version"],
             await body_of(request),
             request.headers.get(HEADER_LENGTH),
             request.headers.get(TRACE_HEADER, ""),
         )
+        body = await while_there(request, work)
         return await sent(request, body)
 
     async def generate(self, request: Request) -> Response:
@@ -207,6 +210,8 @@ def answering(endpoint: Endpoint) -> Endpoint:
             return JSONResponse({"error": str(error)}, UNAVAILABLE, headers)
         except Refused as error:
             return JSONResponse({"error": str(error)}, error.http_status)
+        except ClientDisconnect:
+            return Response(status_code=GONE)  # for the count of requests; nobody reads it
 
     return answer
 

@@ -271,6 +271,41 @@ async def test_who_waits_too_long_in_the_queue_is_told(desk: Desk) -> None:
     assert (answer.status_code, answer.json()) == (503, {"error": "Request timeout expired"})
 
 
+async def test_who_has_gone_leaves_the_queue(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate()
+    await desk.serve("gate", gate.model)
+    served = desk.endpoints.served("gate", "")
+    served.configure(Batching(max_batch_size=1), 0)
+    one = asked(tensor(shape=[1, 1], data=[1]))
+    async with listening(desk) as http:
+
+        def ask() -> "asyncio.Task[httpx.Response]":
+            return asyncio.create_task(http.post("/v2/models/gate/infer", json=one))
+
+        running = [ask() for _ in served.threads]
+        await eventually(lambda: len(gate.model.rows) == len(served.threads))
+        gone = ask()
+        await eventually(lambda: served.counts().waiting == 1)
+        gone.cancel()
+        await eventually(lambda: served.counts().waiting == 0)
+        await half_a_request(http)
+        gate.opened.set()
+        assert {(await task).status_code for task in running} == {200}
+    assert sum(gate.model.rows) == len(served.threads)
+    assert "Exception" not in caplog.text
+
+
+async def half_a_request(http: httpx.AsyncClient) -> None:
+    """And then nothing."""
+    assert http.base_url.port is not None
+    _, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+    head = "POST /v2/models/gate/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+    writer.write(head.encode())
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_a_sequence_keeps_its_state(http: httpx.AsyncClient) -> None:
     async def add(value: int, sequence: int | str, **said: bool) -> int:
         one = tensor(datatype="INT32", shape=[1, 1], data=[value])
