@@ -40,6 +40,7 @@ class Sequencer:
         self.tickets = itertools.count(1)
         self.turns: dict[int, asyncio.Future[Sequence]] = {}
         self.timer: asyncio.TimerHandle | None = None
+        self.is_closed = False
 
     async def infer(
         self,
@@ -99,6 +100,8 @@ class Sequencer:
             raise
 
     def join(self, ticket: int, place: Place) -> None:
+        if self.is_closed:
+            raise self.leaving()
         try:
             self.book.arrive(ticket, place, monotonic_ns())
         except NotStarted as error:
@@ -120,6 +123,8 @@ class Sequencer:
             self.go_on(self.book.leave(ticket, monotonic_ns()), place)
 
     def go_on(self, lost: list[int], place: Place) -> None:
+        if self.is_closed:
+            return
         for ticket in lost:
             self.turns.pop(ticket).set_exception(
                 Unavailable(
@@ -143,5 +148,13 @@ class Sequencer:
         self.move()
 
     def close(self) -> None:
+        """Who runs is answered; who waits would wait for a sequence that nobody can end."""
+        self.is_closed = True
         if self.timer is not None:
             self.timer.cancel()
+        for turn in self.turns.values():
+            turn.set_exception(self.leaving())
+        self.turns.clear()
+
+    def leaving(self) -> Unavailable:
+        return Unavailable(f"model '{self.model}' is being unloaded")

@@ -326,6 +326,18 @@ async def test_no_more_wait_than_the_bound() -> None:
     made.close()
 
 
+async def test_who_waits_when_the_model_goes_is_told() -> None:
+    sums, made = Sums(), Sequencer("sum", plan())
+    running, *waiting = [request(sums, made, 1, x, "start" * (x == 0)) for x in range(3)]
+    await settle()
+    made.close()
+    for one in (*waiting, request(sums, made, 2, 1, "start")):
+        with pytest.raises(Unavailable, match="model 'sum' is being unloaded"):
+            await one
+    sums.goes.set()
+    assert (await running).outputs["y"].item() == 0
+
+
 def test_a_plan_is_read_from_the_configuration() -> None:
     found = plan()
     assert (found.idle_ns, found.live_max, found.batched) == (3_600_000_000_000, 2, True)
