@@ -24,6 +24,13 @@ SIGNATURE = Signature(
 )
 QUIET = Sampling(0, 0, 0)
 LANE = Lane("digits", "3", SIGNATURE, batched=True, opaque=False)
+LOOSE = Lane(
+    "loose",
+    "1",
+    Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])]),
+    batched=True,
+    opaque=False,
+)
 
 
 def python(lane: Lane) -> Batcher:

@@ -2,6 +2,7 @@
 by Python's and C++'s batcher alike."""
 
 import gc
+import queue
 import random
 import re
 import time
@@ -11,16 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
-from services.inference.front import Lane, Sampling
-from services.inference.tensors import DTYPES, Arrays
+from services.inference.front import Batcher, Sampling
 from services.inference.tests.callers import (
+    LOOSE,
     PATIENCE_S,
     QUIET,
     Caller,
     Make,
-    asked,
     both,
     configured,
     joined,
@@ -32,7 +31,10 @@ from services.inference.tests.callers import (
     threads,
 )
 
-LOOSE = Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])])
+TEN_MINUTES = 600_000_000
+"""In us: longer than any test."""
+ROUNDS = 50
+"""Chances for a thread to be where it is awaited."""
 
 
 @both
@@ -153,8 +155,9 @@ def test_the_bound_holds_against_eight_threads(make: Make) -> None:
 
 
 @both
-def test_closing_serves_who_waits_and_then_lets_the_runners_go(make: Make) -> None:
-    batcher = configured(make, Batching(max_batch_size=2))
+@pytest.mark.parametrize("delay_us", [0, 1000])
+def test_closing_serves_who_waits_and_then_lets_the_runners_go(make: Make, delay_us: int) -> None:
+    batcher = configured(make, Batching(max_batch_size=2, max_queue_delay_microseconds=delay_us))
     callers = joined(batcher, 1, 2, 1)
     batcher.close()
     assert Caller().join(batcher) == -1
@@ -168,7 +171,7 @@ def test_closing_serves_who_waits_and_then_lets_the_runners_go(make: Make) -> No
 
 @both
 def test_closing_wakes_every_runner_that_waits(make: Make) -> None:
-    batcher = configured(make, Batching(max_queue_delay_microseconds=600_000_000))
+    batcher = configured(make, Batching(max_queue_delay_microseconds=TEN_MINUTES))
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(batcher.take) for _ in range(4)]
         batcher.close()
@@ -194,22 +197,67 @@ def test_a_deadline_or_timeout_that_passed_is_told_and_not_computed(make: Make) 
     assert all(ns > 0 for _, ns in failures.values())
 
 
+def until_it_waits(batcher: Batcher) -> None:
+    """A runner has told somebody who was late, and looks again, then waits for a batch."""
+    late = Caller()
+    late.join(batcher, deadline_ns=time.monotonic_ns() - 1)
+    assert late.done.wait(PATIENCE_S)
+    assert len(late.told) == 1
+
+
 @both
 def test_a_runner_that_waits_for_a_batch_wakes_for_who_is_late_and_for_the_last_of_it(
     make: Make,
 ) -> None:
-    """The delay is ten minutes."""
-    batcher = configured(make, Batching(max_batch_size=2, max_queue_delay_microseconds=600_000_000))
+    batcher = configured(make, Batching(max_batch_size=2, max_queue_delay_microseconds=TEN_MINUTES))
     with runners(batcher, 1):
-        for _ in range(50):
-            first, late, last = Caller(1), Caller(2), Caller(3)
+        for _ in range(ROUNDS):
+            first, last = Caller(1), Caller(2)
             first.join(batcher)
-            late.join(batcher, deadline_ns=time.monotonic_ns() - 1)
-            assert late.done.wait(PATIENCE_S)
+            until_it_waits(batcher)
             last.join(batcher)
             assert last.done.wait(PATIENCE_S)
             assert first.answer.batch_rows == last.answer.batch_rows == 2
-            assert len(late.told) == 1
+
+
+@both
+def test_new_limits_count_at_once_for_who_waits(make: Make) -> None:
+    batcher = configured(make, Batching())
+    with runners(batcher, 1):
+        for _ in range(ROUNDS):
+            batcher.configure(Batching(max_queue_delay_microseconds=TEN_MINUTES), QUIET)
+            caller = Caller(1)
+            caller.join(batcher)
+            until_it_waits(batcher)
+            batcher.configure(Batching(), QUIET)
+            assert caller.done.wait(PATIENCE_S)
+
+
+@both
+def test_who_leaves_lets_those_behind_it_have_their_turn(make: Make) -> None:
+    """The head waits for more of its kind; the batch behind it is full."""
+    batcher = make(LOOSE)
+    batcher.configure(Batching(max_batch_size=2, max_queue_delay_microseconds=TEN_MINUTES), QUIET)
+    batches: queue.Queue[tuple[int, ...]] = queue.Queue()
+
+    def serve(_: int) -> None:
+        while (batch := batcher.take()) is not None:
+            batches.put(batch.inputs()["x"].shape)
+
+    def join(width: int) -> int:
+        return batcher.join({"x": np.zeros((1, width), np.float32)}, 1, Caller())
+
+    with threads(1, serve):
+        for _ in range(ROUNDS):
+            ticket = join(1)
+            join(2)
+            join(2)
+            late = Caller()
+            batcher.join({"x": np.zeros((1, 1), np.float32)}, 1, late, deadline_ns=1)
+            assert late.done.wait(PATIENCE_S)
+            batcher.leave(ticket)
+            assert batches.get(timeout=PATIENCE_S) == (2, 2)
+        batcher.close()
 
 
 @both
@@ -248,119 +296,6 @@ def test_a_batch_is_split_into_its_requests_and_only_the_bad_one_fails(make: Mak
 
 
 @both
-@pytest.mark.parametrize(
-    ("broken", "text"),
-    [
-        (lambda y: {"y": y["y"]}, "'twice' is missing"),
-        (lambda y: y | {"y": y["y"][:-1]}, r"'y' has shape \[2, 2\] for 3 rows"),
-        (lambda y: y | {"twice": np.float32(1).reshape(())}, r"'twice' has shape \[\] for 3 rows"),
-        (lambda y: y | {"twice": y["twice"].astype(np.float64)}, "'twice' has float64"),
-        (lambda y: y | {"y": y["y"].astype(">i8")}, "'y' has >i8"),
-    ],
-    ids=["missing", "rows", "scalar", "datatype", "byte-order"],
-)
-def test_outputs_that_do_not_fit_answer_nobody_and_the_batch_can_still_fail(
-    make: Make, broken: object, text: str
-) -> None:
-    batcher = configured(make, Batching())
-    callers = joined(batcher, 1, 2)
-    batch = taken(batcher)
-    outputs = broken(run(batch.inputs()))  # type: ignore[operator]
-    with pytest.raises(ValueError, match=text):
-        batch.answer(outputs)
-    assert not any(caller.told for caller in callers)
-    assert batcher.counts().success_count == 0
-    batch.fail(13, "it does not fit")
-    assert all(caller.told == [(13, "it does not fit")] for caller in callers)
-
-
-@both
-def test_an_output_that_nobody_declared_is_ignored(make: Make) -> None:
-    batcher = configured(make, Batching())
-    (caller,) = joined(batcher, 1)
-    batch = taken(batcher)
-    batch.answer(run(batch.inputs()) | {"more": np.zeros(7)})
-    assert caller.answer
-
-
-@both
-def test_a_batch_is_gathered_in_order_and_contiguous(make: Make) -> None:
-    batcher = configured(make, Batching())
-    wide = np.arange(24, dtype=np.int64).reshape(3, 8)
-    for x in (wide[:2, ::4], wide[2:, :2]):
-        batcher.join({"x": x, "ok": np.array([True] * len(x))}, len(x), Caller())
-    inputs = taken(batcher).inputs()
-    assert inputs.keys() == {"x", "ok"}
-    assert inputs["x"].tolist() == [[0, 4], [8, 12], [16, 17]]
-    assert inputs["ok"].tolist() == [True] * 3
-    assert all(array.flags.c_contiguous for array in inputs.values())
-
-
-@both
-def test_only_equal_shapes_share_a_batch(make: Make) -> None:
-    batcher = make(Lane("loose", "1", LOOSE, batched=True, opaque=False))
-    batcher.configure(Batching(), QUIET)
-    for width in (3, 1, 3, 2, 1):
-        batcher.join({"x": np.full((1, width), width, np.float32)}, 1, Caller())
-    shapes = [taken(batcher).inputs()["x"].shape for _ in range(3)]
-    assert shapes == [(2, 3), (2, 1), (1, 2)]
-
-
-@both
-def test_without_rows_each_request_runs_alone_and_answers_in_any_shape(make: Make) -> None:
-    whole = Signature([Tensor("x", "FP32", [2, 2])], [Tensor("y", "FP32", [-1])])
-    batcher = make(Lane("whole", "1", whole, batched=False, opaque=False))
-    batcher.configure(Batching(max_batch_size=8, preferred_batch_size=(4,)), QUIET)
-    told: list[tuple[Arrays, int, int]] = []
-
-    class Whole(Caller):
-        def answered(self, outputs: Arrays, start: int, stop: int, *rest: object) -> None:
-            told.append((outputs, start, stop))
-
-    for mark in (1, 2):
-        batcher.join({"x": np.full((2, 2), mark, np.float32)}, 1, Whole())
-    for mark in (1, 2):
-        batch = taken(batcher)
-        assert (batch.rows, batch.inputs()["x"].tolist()) == (1, [[mark, mark]] * 2)
-        batch.answer({"y": np.full(7, mark, np.float32)})
-    assert [(outputs["y"].tolist(), start, stop) for outputs, start, stop in told] == [
-        ([1.0] * 7, 0, 1),
-        ([2.0] * 7, 0, 1),
-    ]
-
-
-@both
-@pytest.mark.parametrize("datatype", sorted(DTYPES))
-def test_every_datatype_goes_in_and_out_as_it_is(make: Make, datatype: str) -> None:
-    one = Signature([Tensor("x", datatype, [-1, 2])], [Tensor("x", datatype, [-1, 2])])
-    batcher = make(Lane("m", "1", one, batched=True, opaque=datatype == "BYTES"))
-    batcher.configure(Batching(), QUIET)
-    told: list[Arrays] = []
-
-    class Kept(Caller):
-        def answered(self, outputs: Arrays, start: int, stop: int, *rest: object) -> None:
-            told.append({name: array[start:stop] for name, array in outputs.items()})
-
-    given = [np.array([[0, row]]).astype(DTYPES[datatype]) for row in range(3)]
-    for x in given:
-        batcher.join({"x": x}, 1, Kept())
-    batch = taken(batcher)
-    batch.answer(batch.inputs())
-    assert [one["x"].dtype for one in told] == [DTYPES[datatype]] * 3
-    assert [one["x"].tolist() for one in told] == [x.tolist() for x in given]
-
-
-@both
-def test_new_limits_count_from_the_next_request_on(make: Make) -> None:
-    batcher = configured(make, Batching(max_queue_delay_microseconds=600_000_000))
-    with runners(batcher, 1):
-        caller = Caller(1)
-        caller.join(batcher)
-        batcher.configure(Batching(), QUIET)
-        assert caller.done.wait(PATIENCE_S)
-
-
-@both
 def test_nobody_is_held_once_it_is_answered_has_left_or_failed(make: Make) -> None:
     batcher = configured(make, Batching(max_batch_size=1, max_queue_size=3))
     held: list[weakref.ref[Caller]] = []
@@ -379,13 +314,3 @@ def test_nobody_is_held_once_it_is_answered_has_left_or_failed(make: Make) -> No
     gc.collect()
     assert len(held) == 80
     assert [ref() for ref in held if ref() is not None] == []
-
-
-@both
-def test_arrays_that_were_asked_with_live_as_long_as_the_batch_needs_them(make: Make) -> None:
-    batcher = configured(make, Batching())
-    for mark in (1, 2):
-        batcher.join(asked(mark), 1, Caller(mark))
-    gc.collect()
-    batch = taken(batcher)
-    assert marks(batch.inputs()) == [1, 2]

@@ -14,6 +14,7 @@ from services.inference.front import Lane, Sampling
 from services.inference.python_batcher import NEVER, Answered, PythonBatcher, Raw, Reply
 from services.inference.tests.callers import (
     LANE,
+    LOOSE,
     PATIENCE_S,
     QUIET,
     Caller,
@@ -28,13 +29,6 @@ from services.inference.tests.callers import (
 from stack.testing import eventually
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-LOOSE = Lane(
-    "loose",
-    "1",
-    Signature([Tensor("x", "FP32", [-1, -1])], [Tensor("y", "FP32", [-1])]),
-    batched=True,
-    opaque=False,
-)
 
 
 class Front:
