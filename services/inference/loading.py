@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
 from services.inference import layout, mlserver, modelconfig, models, sequences
+from services.inference.instances import Instances
 from services.inference.isolated import Isolated
 from services.inference.layout import Plan, Version
-from services.inference.models import Model, OnnxModel
+from services.inference.models import Model, OnnxModel, Unloadable
 from services.inference.tensors import Array, Arrays
 from services.inference.worker import Spec
 
@@ -93,29 +94,42 @@ def ops_of(plan: Plan) -> list[str]:
 
 
 def build_python(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
-    """In a process of its own: it is somebody's code."""
+    """In processes of its own: it is somebody's code. A sequence's state lies in one of them."""
     config = ModelConfig()
     config.CopyFrom(plan.config)
     config.default_model_filename = version.file.name
     modelconfig.check(config, plan.name)
+    count = 1 if config.HasField("sequence_batching") else modelconfig.instances_of(config) or 1
+    workers: list[Isolated] = []
+    try:
+        workers.extend(worker_of(config, plan, version, number) for number in range(count))
+    except Unloadable:
+        for worker in workers:
+            worker.close()
+        raise
+    model: Model = Instances(workers) if count > 1 else workers[0]
+    return model, config
+
+
+def worker_of(config: ModelConfig, plan: Plan, version: Version, number: int) -> Isolated:
     spec = Spec(
         name=config.name,
         version=str(version.number),
         kind="python",
+        instance=number,
         file=str(version.file.resolve()),
         folder=str(plan.folder.resolve()),
         config=told(config),
         outputs=[one.name for one in config.output],
         batched=config.max_batch_size > 0,
     )
-    model = Isolated(
+    return Isolated(
         spec,
         digest_of(version.file),
         signature=modelconfig.signature_of(config),
         decoupled=config.model_transaction_policy.decoupled,
         labels=layout.labels_of(config, plan.folder),
     )
-    return model, config
 
 
 def told(config: ModelConfig) -> str:
@@ -185,6 +199,14 @@ class Reshaped:
             one.name: list(one.reshape.shape) for one in config.input if one.HasField("reshape")
         }
         self.outer = {one.name: list(one.dims) for one in config.output if one.HasField("reshape")}
+
+    @property
+    def on_crash(self) -> Callable[[str], None] | None:
+        return self.model.on_crash
+
+    @on_crash.setter
+    def on_crash(self, told: Callable[[str], None] | None) -> None:
+        self.model.on_crash = told
 
     def run(self, inputs: Arrays) -> Arrays:
         outputs = self.model.run(self.to(self.inner, inputs))

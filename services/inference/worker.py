@@ -47,6 +47,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """Of custom ops."""
     outputs: list[str] = []
     batched: bool
+    instance: int = 0
     memory_bytes_max: int = MEMORY_BYTES_MAX
 
 
@@ -73,7 +74,7 @@ class PythonRunner:
                 {
                     "model_config": spec.config,
                     "model_instance_kind": "CPU",
-                    "model_instance_name": f"{spec.name}_0_0",
+                    "model_instance_name": f"{spec.name}_0_{spec.instance}",
                     "model_instance_device_id": "0",
                     "model_repository": spec.folder,
                     "model_version": spec.version,

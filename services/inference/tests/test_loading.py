@@ -1,7 +1,9 @@
 """A folder of Triton's Python backend is served as it is; what is somebody's code runs apart."""
 
 import textwrap
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +116,54 @@ def test_a_python_models_batch_is_its_requests_rows(tmp_path: Path) -> None:
         assert outputs["y"].tolist() == [[2, 4], [6, 8]]
     finally:
         built.model.close()
+
+
+MEETING = """
+    import os, pathlib
+    import numpy as np
+    import triton_python_backend_utils as pb_utils
+
+    class TritonPythonModel:
+        def initialize(self, args):
+            self.name = args["model_instance_name"]
+            self.place = pathlib.Path(args["model_repository"])
+
+        def execute(self, requests):
+            (self.place / self.name).touch()
+            while len(list(self.place.glob("scale_0_*"))) < 2:
+                os.sched_yield()
+            tensor = pb_utils.Tensor("y", np.array([[int(self.name[-1]), 0]], "f4"))
+            return [pb_utils.InferenceResponse([tensor])]
+"""
+"""Answers only while two of it compute."""
+
+
+def test_an_instance_group_computes_in_several_processes_at_once(tmp_path: Path) -> None:
+    folder = put(tmp_path, factor=2)
+    with (folder / "config.pbtxt").open("a") as config:
+        config.write("instance_group { count: 2 kind: KIND_CPU }")
+    (folder / "1" / "model.py").write_text(textwrap.dedent(MEETING))
+    plan = layout.read(layout.at_folder(folder))
+    built = loading.build(plan, plan.versions[0])
+    try:
+        given = {"x": np.ones((1, 2), np.float32)}
+        with ThreadPoolExecutor(2) as callers:
+            answers = list(callers.map(built.model.run, [given, given]))
+        assert sorted(answer["y"][0, 0] for answer in answers) == [0, 1]
+    finally:
+        built.model.close()
+
+
+def test_of_instances_that_do_not_all_start_none_is_left(tmp_path: Path) -> None:
+    folder = put(tmp_path, factor=2)
+    with (folder / "config.pbtxt").open("a") as config:
+        config.write("instance_group { count: 2 kind: KIND_CPU }")
+    (folder / "1" / "model.py").write_text(
+        "class TritonPythonModel:\n"
+        "    def initialize(self, args):\n"
+        "        assert args['model_instance_name'] == 'scale_0_0', 'only one'\n"
+    )
+    plan = layout.read(layout.at_folder(folder))
+    with pytest.raises(Unloadable, match="only one"):
+        loading.build(plan, plan.versions[0])
+    assert not [thread.name for thread in threading.enumerate() if "scale" in thread.name]
