@@ -68,4 +68,4 @@ format: setup ## format the sources
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
 clean: ## remove everything made here
-	rm -rf .venv .uv .leptonic .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .uv .leptonic .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

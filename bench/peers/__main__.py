@@ -126,6 +126,7 @@ def publish(run: Run) -> None:
     figures = table.Figures(run.records)
     found = table.targets(figures)
     print("\n".join(table.table(figures)), end="\n\n")
+    print("\n".join(table.latencies(figures)), end="\n\n")
     print("\n".join(target.line() for target in found))
     if run.load_before > QUIET_LOAD_MAX:
         print(f"\nNOT QUIET: the load was {run.load_before:.1f} before the first turn")

@@ -12,7 +12,6 @@ import numpy as np
 
 CONNECTIONS = 8
 WARM_UP_S = 0.3
-WAVES_MIN = 2
 STUCK_S = 60.0
 SHARE_OF_BYTES_MIN = 0.98
 """gRPC answers an error with status 200 and no message: then bytes are missing."""
@@ -46,61 +45,54 @@ def connections(concurrency: int, http1: bool) -> tuple[int, int]:
     return CONNECTIONS, concurrency // CONNECTIONS
 
 
-def warm_up(target: Target, concurrency: int, cores: Sequence[int]) -> None:
-    """On its own: h2load's warm-up counts the bytes that came in it, and not the answers."""
-    command(target, concurrency, ["-D", duration(WARM_UP_S)], cores)
+def run(
+    target: Target, concurrency: int, seconds: float, cores: Sequence[int], log: bool = False
+) -> Load:
+    """About so long, in whole waves of requests, warmed up by the two runs that find how many.
 
-
-def run(target: Target, concurrency: int, seconds: float, cores: Sequence[int]) -> Load:
-    """Raises `Spoiled`."""
-    return weighed(target, concurrency, ["-D", duration(seconds)], cores)
-
-
-def run_counted(target: Target, concurrency: int, seconds: float, cores: Sequence[int]) -> Load:
-    """About as long, in whole waves of requests: where a batch takes a tenth of a second, what a
-    time cuts off is more than the differences between servers.
+    A number and not a time: at the end of a time h2load hangs up on what it has asked, which kills
+    Triton now and then, leaves slow servers busy, and cuts off a good part of a slow model's batch.
+    `log`: p50 and p99 too; it costs the client, so other rates are taken without.
 
     Raises `Spoiled`.
     """
-    first = weighed(target, concurrency, ["-n", str(concurrency)], cores)
-    waves = max(WAVES_MIN, round(first.rate * seconds / concurrency))
-    return weighed(target, concurrency, ["-n", str(waves * concurrency)], cores)
-
-
-def run_logged(target: Target, concurrency: int, seconds: float, cores: Sequence[int]) -> Load:
-    """With p50 and p99; writing the log costs the client, so other rates are taken without.
-
-    Raises `Spoiled`.
-    """
-    log = target.body.with_suffix(".log")
-    log.unlink(missing_ok=True)
-    amount = ["-D", duration(seconds), f"--log-file={log}"]
-    load = weighed(target, concurrency, amount, cores)
-    times = np.loadtxt(log, usecols=2, ndmin=1)
-    p50, p99 = np.percentile(times, (50, 99))
+    rate = weighed(target, concurrency, concurrency, cores).rate
+    rate = weighed(target, concurrency, waves(rate * WARM_UP_S, concurrency), cores).rate
+    path = target.body.with_suffix(".log") if log else None
+    load = weighed(target, concurrency, waves(rate * seconds, concurrency), cores, path)
+    if path is None:
+        return load
+    p50, p99 = np.percentile(np.loadtxt(path, usecols=2, ndmin=1), (50, 99))
     return load._replace(p50_us=float(p50), p99_us=float(p99))
 
 
-def duration(seconds: float) -> str:
-    return f"{round(seconds * 1000)}ms"
+def waves(wanted: float, concurrency: int) -> int:
+    return max(1, round(wanted / concurrency)) * concurrency
 
 
-def weighed(target: Target, concurrency: int, amount: Sequence[str], cores: Sequence[int]) -> Load:
+def weighed(
+    target: Target, concurrency: int, count: int, cores: Sequence[int], log: Path | None = None
+) -> Load:
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter()
-    printed = command(target, concurrency, amount, cores)
+    printed = h2load(target, concurrency, count, cores, log)
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter() - started
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Load(rate_of(printed, target), spent / seconds)
 
 
-def command(target: Target, concurrency: int, amount: Sequence[str], cores: Sequence[int]) -> str:
-    """What h2load printed. Raises `Spoiled` when it hangs."""
+def h2load(
+    target: Target, concurrency: int, count: int, cores: Sequence[int], log: Path | None
+) -> str:
+    """What it printed. Raises `Spoiled` when it hangs."""
     clients, streams = connections(concurrency, target.http1)
-    line = ["taskset", "-c", ",".join(map(str, cores)), "h2load", *amount]
+    line = ["taskset", "-c", ",".join(map(str, cores)), "h2load", "-n", str(count)]
     line += ["-c", str(clients), "-m", str(streams), "-d", str(target.body)]
     line += ["--h1"] if target.http1 else []
     for header in target.headers:
         line += ["-H", header]
+    if log is not None:
+        log.unlink(missing_ok=True)
+        line.append(f"--log-file={log}")
     try:
         done = subprocess.run([*line, target.url], capture_output=True, text=True, timeout=STUCK_S)
     except subprocess.TimeoutExpired as error:

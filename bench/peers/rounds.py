@@ -20,8 +20,6 @@ CELLS: dict[str, tuple[int, ...]] = {
 }
 """Model -> requests at once."""
 LATENCY_UNDER_LOAD = ("mlp", "cnn")
-SLOW = ("resnet",)
-"""A batch takes a good part of the second that is measured."""
 FLOOR_S = 0.5
 SHARE_OF_ROWS_MIN = 0.01
 """A batch size that fewer of the rows went through is not timed for the floor."""
@@ -44,7 +42,8 @@ class Record(msgspec.Struct, kw_only=True):
     """Cell -> answers a second of onnxruntime in process, with the batches the server made."""
     client_share: dict[str, float] = {}
     """Cell -> of one core."""
-    memory_mb: float = 0.0
+    pss_mb: float = 0.0
+    rss_mb: float = 0.0
     ready_s: float = 0.0
     spans: int = 0
     """That arrived until the end of its load: 0 without tracing."""
@@ -69,7 +68,7 @@ def turn(
             record.ready_s = server.ready_s
             for name in names:
                 measure(record, peer, server, name, where)
-            record.memory_mb = servers.memory_mb(server.mark)
+            record.pss_mb, record.rss_mb = servers.memory_mb(server.mark)
             record.spans = spans.spans
     except (Unavailable, servers.Wrong, OSError) as error:
         record.failed = f"{type(error).__name__.lower()}: {error}"
@@ -101,13 +100,11 @@ def one(
     record: Record, cell: str, target: load.Target, concurrency: int, where: Arrangement
 ) -> None:
     name = cell.split()[0]
-    load.warm_up(target, concurrency, where.client_cores)
-    run = load.run_logged if concurrency == 1 else load.run_counted if name in SLOW else load.run
-    found = run(target, concurrency, where.seconds, where.client_cores)
+    found = load.run(target, concurrency, where.seconds, where.client_cores, log=concurrency == 1)
     record.rates[cell] = found.rate
     record.client_share[cell] = found.client_share
     if concurrency == max(CELLS[name]) and name in LATENCY_UNDER_LOAD:
-        found = load.run_logged(target, concurrency, where.seconds, where.client_cores)
+        found = load.run(target, concurrency, where.seconds, where.client_cores, log=True)
     if found.p50_us:
         record.p50_us[cell], record.p99_us[cell] = found.p50_us, found.p99_us
 

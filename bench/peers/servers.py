@@ -114,14 +114,22 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
         sleep(POLL_S)
 
 
-def memory_mb(mark: str) -> float:
-    """PSS, summed over its processes: what two share is counted once."""
-    total = 0
-    for pid in pids_of(mark):
-        with contextlib.suppress(OSError):
-            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            total += sum(int(line.split()[1]) for line in rollup.splitlines() if "Pss:" in line[:4])
-    return total / 1024
+def memory_mb(mark: str) -> tuple[float, float]:
+    """PSS, which splits what processes share among them, strangers too, and RSS, which counts it
+    in each; both summed over its processes."""
+    lines = [line for pid in pids_of(mark) for line in rollup_of(pid)]
+    kib = {
+        kind: sum(int(line.split()[1]) for line in lines if line.startswith(kind))
+        for kind in ("Pss:", "Rss:")
+    }
+    return kib["Pss:"] / 1024, kib["Rss:"] / 1024
+
+
+def rollup_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return []
 
 
 def check(client: Client, name: str) -> Answer:

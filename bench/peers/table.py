@@ -14,7 +14,9 @@ MEMORY_MB_MAX = 230.0
 READY_S_MAX = 1.0
 TAIL_MAX = 3.0
 LABELS = {peer.name: peer.label for peer in EVERYONE} | {
-    "onnxruntime": "onnxruntime in process, batches of 1 / 8 / 64"
+    "onnxruntime": "onnxruntime in process, batches of 1 / 8 / 64",
+    ONE_MODEL: "Leptonic with one model",
+    TWO_CORES: "Leptonic on two cores, the client on them too",
 }
 Rounds = dict[int, float]
 """Round -> what was measured in it."""
@@ -78,16 +80,33 @@ def ratio(above: Rounds, below: Rounds) -> float | None:
 def table(figures: Figures) -> Iterator[str]:
     servers = list(dict.fromkeys(one.server for one in figures.records))
     heads = [f"{name} {' / '.join(f'c{c}' for c in cells)}" for name, cells in CELLS.items()]
-    yield f"| server, requests/s on one core | {' | '.join(heads)} | PSS, MB | ready, s |"
+    yield f"| server, requests/s on one core | {' | '.join(heads)} | PSS / RSS, MB | ready, s |"
     yield "|---" * (len(heads) + 3) + "|"
     for server in servers:
         cells = [cell_text(figures, server, name) for name in CELLS]
-        memory, ready = figures.plain(server, "memory_mb"), figures.plain(server, "ready_s")
-        tail = f"{memory:,.0f} | {ready:.2f}" if memory and ready else "- | -"
-        yield f"| {LABELS.get(server, server)} | {' | '.join(cells)} | {tail} |"
+        yield f"| {LABELS.get(server, server)} | {' | '.join(cells)} | {weight(figures, server)} |"
     for server in servers:
         if told := figures.failures(server):
             yield f"\n{LABELS.get(server, server)}: {told}"
+
+
+def weight(figures: Figures, server: str) -> str:
+    pss, rss, ready = (figures.plain(server, what) for what in ("pss_mb", "rss_mb", "ready_s"))
+    return f"{pss:,.0f} / {rss:,.0f} | {ready:.2f}" if pss and rss and ready else "- | -"
+
+
+def latencies(figures: Figures) -> Iterator[str]:
+    cells = sorted({cell for one in figures.records for cell in one.p50_us})
+    yield f"| us, p50 / p99 | {' | '.join(cells)} |"
+    yield "|---" * (len(cells) + 1) + "|"
+    for server in dict.fromkeys(one.server for one in figures.records if one.p50_us):
+        texts = [latency_text(figures, server, cell) for cell in cells]
+        yield f"| {LABELS.get(server, server)} | {' | '.join(texts)} |"
+
+
+def latency_text(figures: Figures, server: str, cell: str) -> str:
+    p50, p99 = (figures.middle(server, what, cell) for what in ("p50_us", "p99_us"))
+    return f"{p50:,.0f} / {p99:,.0f}" if p50 and p99 else "-"
 
 
 def cell_text(figures: Figures, server: str, name: str) -> str:
@@ -143,8 +162,8 @@ def of_a_replica(figures: Figures) -> Iterator[Target]:
     for server in (OURS, FALLBACK):
         what = f"spans that arrived from {LABELS[server]}: sampled tracing was on"
         yield Target(what, figures.plain(server, "spans"), at_least=1)
-    memory, ready = figures.plain(ONE_MODEL, "memory_mb"), figures.plain(ONE_MODEL, "ready_s")
-    yield Target("memory of a replica of mlp after its load, MB of PSS", memory,
+    memory, ready = figures.plain(ONE_MODEL, "rss_mb"), figures.plain(ONE_MODEL, "ready_s")
+    yield Target("memory of a replica of mlp after its load, MB of RSS", memory,
                  at_most=MEMORY_MB_MAX)  # fmt: skip
     yield Target("start to first answer of a replica of mlp, s", ready, at_most=READY_S_MAX)
     for name in SCALED:

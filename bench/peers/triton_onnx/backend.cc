@@ -19,6 +19,13 @@ void check(TRITONSERVER_Error* error) {
   throw std::runtime_error("Triton refused a call");
 }
 
+/// For what concerns one request of a batch: the others are answered all the same, and an error
+/// returned after the first answer would make Triton answer twice.
+bool went_well(TRITONSERVER_Error* error) {
+  if (error != nullptr) TRITONSERVER_ErrorDelete(error);
+  return error == nullptr;
+}
+
 struct Rows {
   const char* data;
   uint64_t bytes;
@@ -59,12 +66,13 @@ void answer(TRITONBACKEND_Request* request, const char* scores, uint64_t bytes,
   void* room = nullptr;
   int32_t memory_type = MEMORY_CPU;
   int64_t memory_type_id = 0;
-  check(TRITONBACKEND_ResponseNew(&response, request));
-  check(TRITONBACKEND_ResponseOutput(
-      response, &output, "scores", TYPE_FP32, shape.data(), shape.size()));
-  check(TRITONBACKEND_OutputBuffer(output, &room, bytes, &memory_type, &memory_type_id));
-  std::memcpy(room, scores, bytes);
-  check(TRITONBACKEND_ResponseSend(response, RESPONSE_FINAL, nullptr));
+  if (!went_well(TRITONBACKEND_ResponseNew(&response, request))) return;
+  if (went_well(TRITONBACKEND_ResponseOutput(
+          response, &output, "scores", TYPE_FP32, shape.data(), shape.size())) &&
+      went_well(TRITONBACKEND_OutputBuffer(output, &room, bytes, &memory_type, &memory_type_id))) {
+    std::memcpy(room, scores, bytes);
+  }
+  went_well(TRITONBACKEND_ResponseSend(response, RESPONSE_FINAL, nullptr));
 }
 
 void execute(TRITONBACKEND_ModelInstance* instance, ort::Session& session,
@@ -97,11 +105,11 @@ void execute(TRITONBACKEND_ModelInstance* instance, ort::Session& session,
   }
   const uint64_t ended = now_ns();
   for (uint32_t i = 0; i < count; ++i) {
-    check(TRITONBACKEND_ModelInstanceReportStatistics(
+    went_well(TRITONBACKEND_ModelInstanceReportStatistics(
         instance, requests[i], true, started, computing, computed, ended));
-    check(TRITONBACKEND_RequestRelease(requests[i], RELEASE_ALL));
+    went_well(TRITONBACKEND_RequestRelease(requests[i], RELEASE_ALL));
   }
-  check(TRITONBACKEND_ModelInstanceReportBatchStatistics(
+  went_well(TRITONBACKEND_ModelInstanceReportBatchStatistics(
       instance, total, started, computing, computed, ended));
 }
 
