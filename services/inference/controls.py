@@ -13,6 +13,7 @@ from services.inference.served import Rates
 
 OFF, TIMESTAMPS = "OFF", "TIMESTAMPS"
 RATE_MAX = (1 << 32) - 1
+DIGITS_MAX = 10
 TRACES_PER_S = 100.0
 """Of a version, once traces are asked for where the process's settings ask for none."""
 FIXED = {"log_frequency": "0", "trace_file": "", "trace_mode": "opentelemetry"}
@@ -107,7 +108,8 @@ def check(setting: str, values: Sequence[str]) -> None:
 
 
 def is_whole(text: str, least: int) -> bool:
-    return text.isascii() and text.isdigit() and least <= int(text[:11]) <= RATE_MAX
+    short = text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX
+    return short and least <= int(text) <= RATE_MAX
 
 
 def check_log(name: str, value: bool | int | str) -> None:

@@ -25,6 +25,7 @@ TEXT: dict[str, Any] = {"type": "string"}
 OBJECT: dict[str, Any] = {"type": "object"}
 LEVEL = {"enum": [controls.OFF, controls.TIMESTAMPS]}
 RATE = {"type": "string", "pattern": "^[1-9][0-9]{0,8}$"}
+COUNT = {"type": "string", "pattern": "^(-1|0|[1-9][0-9]{0,8})$"}
 
 
 def setting(one: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ TRACE: dict[str, Any] = {
     "additionalProperties": {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
 }
 TRACED = closed(
-    {"trace_level": setting(LEVEL), "trace_rate": setting(RATE)}
+    {"trace_level": setting(LEVEL), "trace_rate": setting(RATE), "trace_count": setting(COUNT)}
     | {name: setting({"enum": [value]}) for name, value in controls.FIXED.items()}
 )
 LOGGED = closed(

@@ -1,13 +1,14 @@
 """The OpenAPI document of port 8000: every route is in it, and everything it refers to is there."""
 
 import json
+import logging
 import re
 from typing import Any
 
 import jsonschema
 import pytest
 
-from services.inference import openapi
+from services.inference import controls, openapi
 from services.inference.openapi import HEALTH, document, operations
 from services.inference.rest import Rest
 
@@ -53,3 +54,15 @@ def test_a_body_is_described_by_what_decodes_it() -> None:
     assert schemas["Registration"]["required"] == ["key", "byte_size"]
     assert schemas["Registration"]["properties"]["offset"]["maximum"] == (1 << 63) - 1
     assert set(openapi.REASONS) >= {code for one in operations() for code in one.statuses}
+
+
+def test_every_setting_that_is_told_may_be_sent_back() -> None:
+    """The settings' schemas are closed: one that is missing there could not be changed."""
+    trace = jsonschema.Draft202012Validator(openapi.TRACED)
+    known = {"trace_level": ["OFF"], "trace_rate": "1", "trace_count": "-1", **controls.FIXED}
+    assert not list(trace.iter_errors(known))
+    assert not list(trace.iter_errors(dict.fromkeys(known)))
+    assert list(trace.iter_errors({"trace_shape": "round"}))
+    log = jsonschema.Draft202012Validator(openapi.LOGGED)
+    for level in (logging.DEBUG, logging.ERROR):
+        assert not list(log.iter_errors(controls.log_settings_at(level)))

@@ -397,7 +397,9 @@ async def test_trace_and_log_settings_are_read_and_changed(http: httpx.AsyncClie
     assert (await http.get(trace)).json()["trace_rate"] == "5"
     back = (await http.post(trace, json={"trace_rate": None, "trace_level": None})).json()
     assert back == before
-    assert (await http.post(trace, json={"trace_shape": "round"})).status_code == 400
+    for wrong in ({"trace_shape": "round"}, {"trace_rate": "0" * 10 + "1" * 5000}):
+        assert (await http.post(trace, json=wrong)).status_code == 400
+    assert (await http.get(trace)).json() == before
     assert (await http.get("/v2/models/x/trace/setting")).status_code == 404
     log = "/v2/logging"
     known = (await http.get(log)).json()
