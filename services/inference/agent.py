@@ -24,8 +24,10 @@ from libs.contracts.events import (
 from libs.database import TRANSIENT, Database
 from libs.objectstore import Corrupt, Missing, ObjectStore, Unavailable
 from services.inference import domain, models, store
+from services.inference.cache import Cache
 from services.inference.endpoint import Endpoint, Origin, batching_of, context_of
 from services.inference.endpoints import Endpoints, Key
+from services.inference.models import Build, in_process
 from services.inference.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class Agent:
         registry: Registry,
         endpoints: Endpoints,
         node: Node,
+        cache: Cache | None = None,
+        build: Build = in_process,
     ) -> None:
         self.db = db
         self.bus = bus
@@ -65,6 +69,8 @@ class Agent:
         self.registry = registry
         self.endpoints = endpoints
         self.node = node
+        self.cache = cache
+        self.build = build
         self.assignments: list[store.Assignment] = []
         self.desired: dict[Key, tuple[DeploymentUpdated, str]] = {}
         self.owed: set[Key] | None = None
@@ -233,7 +239,7 @@ class Agent:
         """A version that cannot be loaded is logged and left for later; it is never served."""
         name = f"{deployment.model} version {target.number}"
         try:
-            model = await models.load(self.objects, target.digest)
+            model = await models.load(self.objects, target.digest, self.cache, self.build)
         except Unavailable as error:
             log.warning("%s: failed to load: %s", name, error)
         except (Corrupt, Missing, models.Unloadable) as error:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -28,9 +29,12 @@ from services.inference import feedback, fronts
 from services.inference.agent import Agent, Node
 from services.inference.bodies import Exchange
 from services.inference.busdoor import BusDoor
+from services.inference.cache import Cache
 from services.inference.endpoints import Endpoints
 from services.inference.handlers import HANDLERS, Context
+from services.inference.isolated import in_worker
 from services.inference.journal import Journal
+from services.inference.models import in_process
 from services.inference.notes import Notes
 from services.inference.registry import Registry
 from services.inference.rest import app_of
@@ -105,7 +109,9 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
             capacity=Resources(settings.cpu_milli, settings.memory_mib),
         )
         objects = store_of(settings)
-        agent = Agent(db, bus, objects, Registry(channel), endpoints, node)
+        cache = Cache(Path(settings.cache_dir)) if settings.cache_dir else None
+        build = in_worker if settings.isolate else in_process
+        agent = Agent(db, bus, objects, Registry(channel), endpoints, node, cache, build)
         stack.push_async_callback(count_what_is_left, agent)
         await stack.enter_async_context(
             background(

@@ -80,6 +80,8 @@ class Model(Protocol):
     """In Triton's words."""
     labels: dict[str, list[str]]
     """Output -> the names of its classes."""
+    on_crash: Callable[[str], None] | None
+    """Told the cause, once for each process of its own that died; on a thread of the model's."""
 
     def run(self, inputs: Arrays) -> Arrays:
         """Blocks. Raises `RunFailed`, `Crashed`."""
@@ -93,6 +95,7 @@ class Model(Protocol):
 
 class OnnxModel:
     decoupled = False
+    on_crash: Callable[[str], None] | None = None
     platform = "onnxruntime_onnx"
 
     def __init__(

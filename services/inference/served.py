@@ -136,6 +136,7 @@ class Served:
         self.batcher: Batcher = front.batcher(
             Lane(name, version, model.signature, model.batched, self.is_opaque())
         )
+        model.on_crash = self.fell
         self.threads = [
             Thread(target=self.work, name=f"{name}-{version}-{one}", daemon=True)
             for one in range(instances)
@@ -226,7 +227,6 @@ class Served:
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.title} did not answer in time") from error
         except Crashed as error:
-            self.crashed(self, str(error))
             raise Unavailable(f"{self.title}: {error}") from error
         except RunFailed as error:
             raise Internal(f"{self.title} failed: {error}") from error
@@ -242,7 +242,6 @@ class Served:
             batch.answer(outputs)
         except Crashed as error:
             batch.fail(UNAVAILABLE, f"{self.title}: {error}")
-            self.loop.call_soon_threadsafe(self.crashed, self, str(error))
         except (RunFailed, ValueError) as error:
             self.retry(batch, str(error))
         except Exception as error:  # a thread that ends would leave its version without an answer
@@ -283,6 +282,10 @@ class Served:
             known, known_ns = failures.get(code, (0, 0))
             failures[code] = (known + requests, known_ns + spent_ns)
         return counts._replace(failures=failures)
+
+    def fell(self, cause: str) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.crashed, self, cause)
 
     async def close(self) -> None:
         """Whoever is in line is answered first."""
