@@ -138,11 +138,21 @@ class Endpoints:
                 rows.append((endpoint.name, "", "UNAVAILABLE", "not loaded yet"))
         return rows
 
+    def chosen(self, call: Call) -> Served:
+        """As said, else where the request's sequence lives, else by the split. Raises `Refused`."""
+        endpoint = self.find(call.model)
+        sequence = call.parameters.get("sequence_id")
+        if sequence and not call.version:
+            for served in endpoint.served.values():
+                if served.sequencer is not None and served.sequencer.holds(sequence):
+                    return served
+        return endpoint.pick(call.version)
+
     async def infer(self, call: Call) -> Answer:
         """Raises `Refused`."""
         began_ns = monotonic_ns()
         try:
-            served = self.find(call.model).pick(call.version)
+            served = self.chosen(call)
         except Refused as error:
             trace_refusal(call, error, began_ns)
             raise
@@ -164,7 +174,7 @@ class Endpoints:
     async def stream(self, call: Call) -> AsyncIterator[Answer]:
         """Any number of answers of a decoupled model; exactly one of any other. Raises
         `Refused`."""
-        served = self.find(call.model).pick(call.version)
+        served = self.chosen(call)
         if not served.model.decoupled:
             yield await self.infer(call)
             return

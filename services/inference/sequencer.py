@@ -42,6 +42,9 @@ class Sequencer:
         self.timer: asyncio.TimerHandle | None = None
         self.is_closed = False
 
+    def holds(self, sequence: bool | int | float | str) -> bool:
+        return sequence in self.book.live or sequence in self.book.backlog
+
     async def infer(
         self,
         place: Place,

@@ -10,11 +10,13 @@ from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference.streams import PENDING_MAX
 from services.inference.tests.desk import (
     BROKEN,
+    STATEFUL,
     Desk,
     number,
     numbers,
     request,
     row,
+    running_sum,
     three,
 )
 from services.inference.tests.fronts import kinds
@@ -105,6 +107,20 @@ async def test_a_sequence_keeps_its_state_over_a_stream_and_over_calls(desk: Des
     assert answers == [1, 1, 3, 3, 6, 6]
     calls = [numbers(await desk.stub.ModelInfer(one), np.int32)[0] for one in asked]
     assert calls == [1, 1, 3, 3, 6, 6]
+
+
+async def test_a_sequence_stays_with_its_version(desk: Desk) -> None:
+    """Of two versions that share the requests, each sequence has one."""
+    await desk.serve("sum", running_sum(), STATEFUL, version="2")
+    desk.endpoints.at(("default", "sum")).direct({"1": 50, "2": 50})
+    versions: dict[int, set[str]] = {}
+    for said in ({"sequence_start": True}, {}, {"sequence_end": True}):
+        for sequence in range(1, 7):
+            asked = request("sum", number(1), [1, 1], "INT32", sequence_id=sequence, **said)
+            answer = await desk.stub.ModelInfer(asked)
+            versions.setdefault(sequence, set()).add(answer.model_version)
+    assert all(len(one) == 1 for one in versions.values())
+    assert set.union(*versions.values()) == {"1", "2"}
 
 
 async def test_a_client_that_goes_takes_its_stream_with_it(desk: Desk) -> None:
