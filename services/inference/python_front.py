@@ -199,10 +199,9 @@ class PythonFront:
         )
         if ticket > 0:
             rpc.leave = (batcher, ticket)
-        else:
-            code, text = batcher.refusal(ticket)
-            rpc.finish(code, text, TRY_AGAIN if ticket == 0 else ())
-        return True
+        elif ticket == 0:
+            rpc.finish(*batcher.refusal(ticket), TRY_AGAIN)
+        return ticket >= 0  # closed since the route was read: Python knows who answers now
 
     def head(self, headers: Sequence[Header]) -> Head:
         return rpcs.head_of(headers, self.tokens)

@@ -209,11 +209,11 @@ async def test_who_waited_too_long_is_told(kind: str) -> None:
         assert await refusal(call) == (Code.UNAVAILABLE, "Request timeout expired")
 
 
-async def test_a_batcher_that_is_closed_takes_nobody(kind: str) -> None:
+async def test_python_finds_out_who_answers_for_a_version_that_is_gone(kind: str) -> None:
     async with place(kind) as here, here.client() as client:
         here.serve_digits({"1": 100})["1"].close()
-        text = "model 'digits' version 1 is being unloaded"
-        assert await refusal(client.ModelInfer(request())) == (Code.UNAVAILABLE, text)
+        answer = await refusal(client.ModelInfer(request()))
+        assert answer == (Code.INVALID_ARGUMENT, SAID_BY_PYTHON)
 
 
 async def test_a_request_whose_client_leaves_is_not_computed(kind: str) -> None:

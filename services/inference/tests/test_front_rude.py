@@ -253,7 +253,7 @@ async def test_other_ways_to_ask_have_an_answer(kind: str) -> None:
         small = struct.pack(">HI", frames.TABLE_SIZE, 0)
         opening = frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0, small)
         path = (b":path", MODEL_INFER.encode())
-        head = frames.block([path, (b":method", b"POST"), (b":scheme", b"http")])
+        head = frames.block([path, *POST[:3]])
         rest = frames.block([(b"te", b"trailers"), (b"content-type", b"application/grpc+proto")])
         padded = b"\x03" + frames.WORD.pack(0) + b"\x10" + head + bytes(3)
         body = prefixed(GOOD)
@@ -285,7 +285,7 @@ async def test_headers_that_ask_for_something_else_are_answered(
     kind: str, headers: list[frames.Header], said: tuple[str, str]
 ) -> None:
     async with place(kind) as here:
-        given = {b":method": b"POST", b":path": b"/a", b":scheme": b"http"}
+        given = {b":method": b"POST", b":path": b"/a", b":scheme": b"http", b":authority": b"a"}
         given |= {b"content-type": b"application/grpc"} | dict(headers)
         raw = await here.raw()
         head = frames.block(list(given.items()))
