@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -20,7 +21,7 @@ from libs.contracts.artifacts import Signature, Tensor
 from services.inference import isolated
 from services.inference.isolated import Isolated
 from services.inference.models import Crashed, RunFailed, Unloadable
-from services.inference.tests.test_models import graph
+from services.inference.tests.test_models import graph, resident_bytes
 from services.inference.worker import Spec
 from stack.testing import eventually
 
@@ -421,3 +422,49 @@ def test_a_graph_of_the_platform_runs_in_a_worker_and_is_back_after_a_crash() ->
         assert model.run({"x": ONE})["y"].tolist() == [[1, 2]]
     finally:
         model.close()
+
+
+def test_a_crash_under_load_is_one_requests(made: Make) -> None:
+    """Eight callers wait their turn; one of them falls, and the others are answered."""
+    model = made(TORN.format(fall="os._exit(1)"))
+    given = [BAD if number == 100 else ONE for number in range(200)]
+
+    def ask(array: Any) -> bool:
+        try:
+            return bool((model.run({"x": array})["y"] == ONE).all())
+        except Crashed:
+            return False
+
+    with ThreadPoolExecutor(8) as callers:
+        answered = list(callers.map(ask, given))
+    assert [number for number, right in enumerate(answered) if not right] == [100]
+    assert model.crashes == 1
+
+
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_nothing_of_a_closed_or_fallen_worker_is_held() -> None:
+    built = graph("Identity", "FP32", ["rows", 2])
+    before = held()
+    for _ in range(10):
+        model = isolated.in_worker("digits", "", built, SIGNATURE)
+        os.kill(pid_of(model), signal.SIGKILL)
+        with contextlib.suppress(Crashed):
+            model.run({"x": ONE})
+        model.run({"x": ONE})
+        model.close()
+    assert held() == before
+
+
+def test_shared_batches_leave_nothing(made: Make) -> None:
+    model = made(CALM)
+    given = np.ones((1 << 20, 2), np.float32)
+    model.run({"x": given})
+    before, size = held(), resident_bytes()
+    for _ in range(40):
+        model.run({"x": given})
+    assert held() == before
+    assert resident_bytes() - size < 3 * given.nbytes
