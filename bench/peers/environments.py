@@ -58,7 +58,7 @@ def ran(command: list[str]) -> str:
 
 def links() -> dict[str, str]:
     """uv ignores pip's configuration; where pip is told of more wheels, so is uv."""
-    asked = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    asked = ["python3", "-m", "pip", "config", "get", "global.find-links"]
     found = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {"UV_FIND_LINKS": found} if found else {}
 
