@@ -209,7 +209,7 @@ def inception_onnx(root: Path) -> None:
 
 REPEAT = '''"""Answers a request once for each value of IN, the given milliseconds apart."""
 
-import time
+from time import sleep
 
 import numpy
 import triton_python_backend_utils as pb_utils
@@ -224,14 +224,14 @@ class TritonPythonModel:
                 for name in ("IN", "DELAY", "WAIT")
             )
             for index, (value, delay_ms) in enumerate(zip(values, delays_ms)):
-                time.sleep(delay_ms / 1000)
+                sleep(delay_ms / 1000)
                 outputs = [
                     pb_utils.Tensor("OUT", value.reshape(1)),
                     pb_utils.Tensor("IDX", numpy.array([index], "uint32")),
                 ]
                 sender.send(pb_utils.InferenceResponse(outputs))
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            time.sleep(wait_ms.item() / 1000)
+            sleep(wait_ms.item() / 1000)
         return None
 '''
 

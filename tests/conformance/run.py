@@ -26,9 +26,11 @@ from tests.conformance import fixtures
 ROOT = Path(__file__).resolve().parents[2]
 LEPTONIC = str(Path(sys.executable).with_name("leptonic"))
 FOLDER_VARIABLE = "TRITON_EXAMPLES"
+FRONT_VARIABLE = "LEPTONIC_INFERENCE_FRONT"
 BELOW = Path("src/python/examples")
 """Where a checkout has them."""
 READY_S = 60.0
+POLL_S = 0.05
 SCRIPT_S = 120.0
 SUITE_S = 900.0
 BATCH = 20
@@ -69,13 +71,16 @@ class Told(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(root: Path, *options: str) -> Iterator[Server]:
+def serving(root: Path, *options: str, front: str = "auto") -> Iterator[Server]:
     """`leptonic serve` on free ports, until the block ends. Raises `RuntimeError`."""
+    environment = os.environ | {FRONT_VARIABLE: front}
     http, grpc, metrics = ports.free(3)
     line = [LEPTONIC, "serve", str(root), "--server-name", SERVER_NAME]
     line += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     with tempfile.TemporaryFile("w+") as words:
-        process = subprocess.Popen([*line, *options], stdout=words, stderr=words, cwd=ROOT)
+        process = subprocess.Popen(
+            [*line, *options], stdout=words, stderr=words, cwd=ROOT, env=environment
+        )
         try:
             wait_ready(process, http)
             yield Server(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
@@ -95,7 +100,8 @@ def wait_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
             raise RuntimeError(f"the server ended with {process.returncode}")
         with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url):
             return
-        time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_S)
     raise RuntimeError(f"the server was not ready within {READY_S:.0f} s")
 
 
