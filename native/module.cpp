@@ -7,7 +7,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <system_error>
 
 #include "clock.h"
@@ -52,7 +51,6 @@ class Memory {
 
 Shape shape_of(nb::handle array) {
   nb::tuple dims = nb::borrow<nb::tuple>(array.attr("shape"));
-  if (dims.size() > kDimsMax) throw nb::value_error("an array of more dimensions than are taken");
   Shape shape;
   for (nb::handle dim : dims) shape.dims[shape.rank++] = nb::cast<int64_t>(dim);
   return shape;
@@ -118,7 +116,12 @@ class PyBatch {
   PyBatch(std::unique_ptr<Batch> core, std::shared_ptr<PyBatcher> home)
       : core_(std::move(core)), home_(std::move(home)) {}
   ~PyBatch() {
-    if (!core_->is_over()) fail(kInternal, "the batch ended without an answer");
+    if (core_->is_over()) return;
+    try {
+      fail(kInternal, "the batch ended without an answer");
+    } catch (nb::python_error& error) {
+      error.discard_as_unraisable("a waiter of a batch that was forgotten");
+    }
   }
 
   int64_t rows() const { return core_->rows(); }
@@ -403,7 +406,7 @@ class PyFront {
                                      bool batched, bool opaque) {
     Types in, out;
     Lane lane{std::move(model), std::move(version), tensors_of(inputs, in), tensors_of(outputs, out), batched, opaque};
-    lane.opaque |= inputs.size() > kTensorsMax || outputs.size() > kTensorsMax || !fits_in(lane);
+    lane.opaque |= inputs.size() > kTensorsMax || outputs.size() > kTensorsMax;
     return std::make_shared<PyBatcher>(core_->batcher(std::move(lane)), std::move(in), std::move(out), kinds_);
   }
 
@@ -449,12 +452,6 @@ class PyFront {
   std::map<std::string, double> stages() { return core_->stages(); }
 
  private:
-  static bool fits_in(const Lane& lane) {
-    auto is_deep = [](const Tensor& tensor) { return tensor.shape.size() > kDimsMax; };
-    return std::none_of(lane.inputs.begin(), lane.inputs.end(), is_deep) &&
-           std::none_of(lane.outputs.begin(), lane.outputs.end(), is_deep);
-  }
-
   std::unique_ptr<Front> core_;
   std::shared_ptr<Kinds> kinds_;
 };

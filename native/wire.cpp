@@ -77,7 +77,8 @@ bool read_packed(std::string_view packed, Shape& shape) {
 
 // InferInputTensor without parameters and contents.
 bool read_input(std::string_view message, Input& input) {
-  input = Input{};
+  input.name = input.datatype = {};
+  input.shape.rank = 0;
   Reader reader(message);
   while (!reader.done()) {
     uint32_t type = 0;

@@ -10,7 +10,7 @@
 namespace leptonic {
 
 constexpr size_t kTensorsMax = 16;
-constexpr size_t kDimsMax = 16;
+constexpr size_t kDimsMax = 64;  // numpy's
 constexpr size_t kIdBytesMax = 256;
 
 struct Shape {

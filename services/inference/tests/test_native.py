@@ -1,0 +1,197 @@
+"""What only the extension has: rows of every datatype gathered in C++, from sockets and from Python
+in one batch; a thread that leaves the signals to Python; and its checks under sanitizers."""
+
+import asyncio
+import importlib.util
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from libs.contracts.artifacts import Signature, Tensor
+from libs.contracts.pipeline import Batching
+from libs.contracts.protos import open_inference_pb2 as oip
+from services.inference import tensors
+from services.inference.front import Lane
+from services.inference.tensors import Arrays
+from services.inference.tests.callers import Caller, configured, native, run, taken
+from services.inference.tests.fronts import SILENT, digits, place, request, times, values
+
+ROOT = Path(__file__).resolve().parents[3]
+HEADER = Path("/usr/include/nghttp2/nghttp2.h")
+INTERNAL = 13
+CHECKED_ROUNDS = 3000
+DATATYPES = sorted(set(tensors.DTYPES) - {"BYTES"})
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("leptonic_native") is None, reason="the extension is not built here"
+)
+
+
+def echo_lane(datatype: str) -> Lane:
+    takes, gives = (Tensor(name, datatype, [-1, -1]) for name in ("x", "y"))
+    return Lane("echo", "1", Signature([takes], [gives]), batched=True, opaque=False)
+
+
+def echo_request(datatype: str, array: tensors.Array) -> oip.ModelInferRequest:
+    kind = oip.ModelInferRequest.InferInputTensor
+    return oip.ModelInferRequest(
+        model_name="echo",
+        inputs=[kind(name="x", datatype=datatype, shape=array.shape)],
+        raw_input_contents=[tensors.to_raw(datatype, array)],
+    )
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+async def test_rows_of_every_datatype_come_back_in_shapes_that_the_signature_leaves_open(
+    datatype: str,
+) -> None:
+    seen: list[Arrays] = []
+
+    def echo(inputs: Arrays) -> Arrays:
+        seen.append(inputs)
+        return {"y": inputs["x"]}
+
+    async with place("native") as here, here.client() as client:
+        here.front.route("echo", {"1": 100}, {"1": here.serve(echo_lane(datatype), echo)})
+        arrays = [
+            np.arange(rows * width).reshape(rows, width).astype(tensors.DTYPES[datatype])
+            for rows, width in ((1, 1), (2, 3), (3, 3), (1, 7), (4, 1))
+        ]
+        here.go.clear()
+        asked = [
+            asyncio.ensure_future(client.ModelInfer(echo_request(datatype, array)))
+            for array in arrays
+        ]
+        here.go.set()
+        for array, answer in zip(arrays, await asyncio.gather(*asked), strict=True):
+            assert answer.outputs[0].shape == list(array.shape)
+            assert answer.outputs[0].datatype == datatype
+            assert answer.raw_output_contents[0] == tensors.to_raw(datatype, array)
+    assert {one["x"].dtype for one in seen} == {tensors.DTYPES[datatype]}
+    assert all(one["x"].flags.c_contiguous for one in seen)
+
+
+async def test_a_byte_that_is_not_0_is_true() -> None:
+    """numpy counts on 0 and 1."""
+    async with place("native") as here, here.client() as client:
+        lane = echo_lane("BOOL")
+        here.front.route("echo", {"1": 100}, {"1": here.serve(lane, lambda i: {"y": ~i["x"]})})
+        asked = echo_request("BOOL", np.zeros((1, 4), np.bool_))
+        asked.raw_input_contents[0] = b"\x00\x01\x02\xff"
+        answer = await client.ModelInfer(asked)
+        assert answer.raw_output_contents[0] == b"\x01\x00\x00\x00"
+
+
+async def test_requests_from_sockets_and_from_python_share_a_batch() -> None:
+    told: list[tuple[Arrays, int, int, int]] = []
+
+    class Waiter:
+        def answered(
+            self, outputs: Arrays, start: int, stop: int, batch_rows: int, *rest: object
+        ) -> None:
+            told.append((outputs, start, stop, batch_rows))
+
+        def failed(self, code: int, text: str) -> None:
+            raise AssertionError(text)
+
+    async with place("native") as here, here.client() as client:
+        batcher = here.front.batcher(digits("2"))
+        here.front.route("digits", {"2": 100}, {"2": batcher})
+        limits = Batching(max_batch_size=3, max_queue_delay_microseconds=10_000_000)
+        batcher.configure(limits, SILENT)
+        strided = np.full((2, 8), 5.0, np.float32)[:, ::2]
+        assert batcher.join({"x": strided}, 2, Waiter()) > 0
+        asked = asyncio.ensure_future(client.ModelInfer(request(7.0)))
+        batch = await asyncio.to_thread(taken, batcher)
+        assert batch.rows == 3
+        inputs = batch.inputs()
+        assert inputs["x"][:, 0].tolist() == [5.0, 5.0, 7.0]
+        batch.answer(times(2)(inputs))
+        assert values(await asked) == [14.0] * 4
+    ((outputs, start, stop, batch_rows),) = told
+    assert outputs["y"][start:stop].tolist() == [[10.0] * 4] * 2
+    assert batch_rows == 3
+
+
+def test_a_batch_that_is_forgotten_fails_its_requests() -> None:
+    batcher = configured(native, Batching())
+    caller = Caller(1)
+    caller.join(batcher)
+    taken(batcher)
+    assert caller.told == [(INTERNAL, "the batch ended without an answer")]
+
+
+def test_a_batch_answers_once() -> None:
+    batcher = configured(native, Batching())
+    Caller(1).join(batcher)
+    batch = taken(batcher)
+    outputs = run(batch.inputs())
+    batch.answer(outputs)
+    with pytest.raises(ValueError, match="has been answered"):
+        batch.answer(outputs)
+
+
+def test_a_tensor_may_have_many_dimensions() -> None:
+    deep = [-1, *[1] * 20]
+    signature = Signature([Tensor("x", "FP32", deep)], [Tensor("y", "FP32", deep)])
+    batcher = native(Lane("deep", "1", signature, batched=True, opaque=False))
+    batcher.configure(Batching(), SILENT)
+    told: list[Arrays] = []
+
+    class Waiter:
+        def answered(self, outputs: Arrays, *rest: object) -> None:
+            told.append(outputs)
+
+        def failed(self, code: int, text: str) -> None:
+            raise AssertionError(text)
+
+    for mark in (1, 2):
+        assert batcher.join({"x": np.full([1] * 21, mark, np.float32)}, 1, Waiter()) > 0
+    batch = taken(batcher)
+    inputs = batch.inputs()
+    assert inputs["x"].reshape(-1).tolist() == [1.0, 2.0]
+    batch.answer({"y": inputs["x"]})
+    assert len(told) == 2
+
+
+def blocked_signals(thread: str) -> int:
+    """As a mask, of the only thread of this process with this name."""
+    named = [path.parent for path in Path("/proc/self/task").glob("*/comm")]
+    (found,) = [path for path in named if (path / "comm").read_text().strip() == thread]
+    status = (found / "status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("SigBlk")).split()[1], 16)
+
+
+async def test_signals_are_pythons() -> None:
+    async with place("native"):
+        assert blocked_signals("front") >> (signal.SIGTERM - 1) & 1
+
+
+async def test_the_front_knows_where_the_time_went() -> None:
+    async with place("native") as here, here.client() as client:
+        here.serve_digits({"1": 100})
+        for _ in range(130):
+            await client.ModelInfer(request(1.0))
+        stages = here.front.stages()  # type: ignore[attr-defined]
+    assert set(stages) == {"read", "parse", "queue", "batch", "compute", "serialise", "write"}
+    assert all(us > 0 for us in stages.values()), stages
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not HEADER.exists(), reason="no compiler or no libnghttp2-dev"
+)
+def test_broken_messages_broken_http2_and_many_threads_under_sanitizers() -> None:
+    """`make native-sanitized` does many more, and watches the threads for races."""
+    checked = subprocess.run(
+        [sys.executable, str(ROOT / "native" / "build.py"), "sanitized", str(CHECKED_ROUNDS)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr[-4000:]
+    assert checked.stdout.count("mutated requests fitted") == 2
