@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode
 
@@ -61,9 +60,7 @@ def start(name: str, endpoint: str, log_level: str = "INFO") -> Iterator[None]:
     about = {"service.name": name, "service.version": VERSION}
     provider = TracerProvider(resource=Resource.create(about), id_generator=ChosenIds())
     if endpoint:
-        exporter = Insistent(
-            OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=EXPORT_TIMEOUT_S)
-        )
+        exporter = Insistent(exporter_to(endpoint))
         processor = BatchSpanProcessor(
             exporter, max_queue_size=QUEUE_MAX, schedule_delay_millis=EXPORT_DELAY_MS
         )
@@ -75,6 +72,13 @@ def start(name: str, endpoint: str, log_level: str = "INFO") -> Iterator[None]:
         if endpoint:
             exporter.close()
         provider.shutdown()
+
+
+def exporter_to(endpoint: str) -> SpanExporter:
+    # Importing it takes an eighth of the time in which a server without it is ready.
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=EXPORT_TIMEOUT_S)
 
 
 @contextmanager
