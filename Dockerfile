@@ -6,6 +6,18 @@ COPY pyproject.toml /
 RUN python3 -c 'import tomllib; p = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
     print(*p["dependencies"], *p["optional-dependencies"]["'$SERVICE'"], sep="\n")' >/wanted.txt
 
+# The inference service's front in C++, as a wheel; an empty folder for the others.
+FROM python:3.11-bookworm AS native
+ARG SERVICE
+COPY constraints.txt /src/
+COPY native /src/native
+RUN mkdir -p /src/dist/native && [ "$SERVICE" != inference ] || { \
+    headers=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["include"])') \
+    && apt-get update -q && apt-get install -y -q --no-install-recommends g++ libnghttp2-dev \
+       $([ -e "$headers/Python.h" ] || echo python3-dev) \
+    && pip install --no-cache-dir -q --root-user-action=ignore -c /src/constraints.txt nanobind \
+    && python3 /src/native/build.py wheel; }
+
 FROM python:3.11-bookworm AS build
 RUN pip install --no-cache-dir -q --root-user-action=ignore uv==0.13.8
 ARG TORCH_BACKEND=cpu
@@ -18,6 +30,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv venv -q /venv \
     && uv pip install -q -p /venv --compile-bytecode $backend -c /constraints.txt -r /wanted.txt \
     && rm -rf /venv/lib/python3.11/site-packages/onnx/backend/test
+COPY --from=native /src/dist/native /native
+RUN [ -z "$(ls /native)" ] || uv pip install -q -p /venv --no-index --no-deps /native/*.whl
 ARG SERVICE
 COPY libs /app/libs
 COPY stack /app/stack

@@ -23,6 +23,10 @@ BUILD = ROOT / "build" / "native"
 NAME = "leptonic_native"
 VERSION = "0.1.0"
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+LIBRARIES = f"{NAME}.libs"
+"""In a wheel: libnghttp2, for machines that have none."""
+RPATH = f"-Wl,-rpath,$ORIGIN/{LIBRARIES}"
+NGHTTP2 = "libnghttp2.so.14"
 CHECKS = HERE / "checks"
 SANITIZERS = ("address,undefined", "thread")
 ROUNDS = 200_000
@@ -79,7 +83,7 @@ def built() -> Path:
     now = fingerprint()
     if not (target.exists() and stamp.exists() and stamp.read_text() == now):
         binding = [Path(nanobind.source_dir()) / "nb_combined.cpp", HERE / "module.cpp"]
-        linked([*binding, *core()], target, [*FLAGS, *includes()], ["-shared", "-s"])
+        linked([*binding, *core()], target, [*FLAGS, *includes()], ["-shared", "-s", RPATH])
         stamp.write_text(now)
     return target
 
@@ -107,8 +111,11 @@ def wheel(library: Path) -> Path:
     tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     folder = f"{NAME}-{VERSION}.dist-info"
+    asked = ["g++", f"-print-file-name={NGHTTP2}"]
+    nghttp2 = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
     files = {
         library.name: library.read_bytes(),
+        f"{LIBRARIES}/{NGHTTP2}": Path(nghttp2).read_bytes(),
         f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n".encode(),
         f"{folder}/WHEEL": (
             "Wheel-Version: 1.0\nGenerator: leptonic\nRoot-Is-Purelib: false\n"
