@@ -36,11 +36,12 @@ from services.inference.isolated import in_worker
 from services.inference.journal import Journal
 from services.inference.models import in_process
 from services.inference.notes import Notes
+from services.inference.platformapi import Inference
 from services.inference.registry import Registry
 from services.inference.rest import app_of
 from services.inference.rpc import Host, health_and_reflection
 from services.inference.served import Rates
-from services.inference.server import MODEL_INFER, MODEL_STREAM_INFER, Inference, OpenInference
+from services.inference.server import MODEL_INFER, MODEL_STREAM_INFER, OpenInference
 from services.inference.statistics import Statistics
 from services.inference.store import MIGRATIONS
 
