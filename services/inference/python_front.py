@@ -24,6 +24,7 @@ BEGIN_WORD = len(rpcs.OPENING) << 8 | frames.HEADERS
 END = struct.Struct(f">IBI{len(rpcs.ENDING)}s")
 END_WORD = len(rpcs.ENDING) << 8 | frames.HEADERS
 END_FLAGS = frames.END_HEADERS | frames.END_STREAM
+Arrival = tuple[Rpc, bytes, PythonBatcher, wire.Fit, wire.Ask, str, Sequence[bytes | memoryview]]
 Batchers = Mapping[str, PythonBatcher]
 
 
@@ -152,6 +153,7 @@ class PythonFront:
         self.connections: set[Connection] = set()
         self.emptied = asyncio.Event()
         self.is_leaving = False
+        self.arrivals: list[Arrival] = []
         self.held = 0
         self.port = 0
         self.server: asyncio.Server | None = None
@@ -186,22 +188,35 @@ class PythonFront:
         if fit is None or fit.rows > batcher.limits.max_batch_size:
             return False
         rpc.outputs = fit.outputs
-        ticket = batcher.join_raw(
-            [raws[index] for index in fit.order],
-            fit.shapes,
-            fit.rows,
-            rpc,
-            request_id,
-            rpc.head.traceparent,
-            rpc.deadline_ns,
-            ask.timeout_us,
-            ask.priority,
-        )
-        if ticket > 0:
-            rpc.leave = (batcher, ticket)
-        elif ticket == 0:
-            rpc.finish(*batcher.refusal(ticket), TRY_AGAIN)
-        return ticket >= 0  # closed since the route was read: Python knows who answers now
+        if not self.arrivals:
+            self.loop.call_soon(self.join_all)
+        self.arrivals.append((rpc, message, batcher, fit, ask, request_id, raws))
+        return True
+
+    def join_all(self) -> None:
+        """Whoever came in this round of the loop joins in one go, so that they share a batch: the
+        first wakes a runner, which comes to its turn when the loop has none."""
+        arrivals, self.arrivals = self.arrivals, []
+        for rpc, message, batcher, fit, ask, request_id, raws in arrivals:
+            if rpc.is_over:
+                continue
+            ticket = batcher.join_raw(
+                [raws[index] for index in fit.order],
+                fit.shapes,
+                fit.rows,
+                rpc,
+                request_id,
+                rpc.head.traceparent,
+                rpc.deadline_ns,
+                ask.timeout_us,
+                ask.priority,
+            )
+            if ticket > 0:
+                rpc.leave = (batcher, ticket)
+            elif ticket == 0:
+                rpc.finish(*batcher.refusal(ticket), TRY_AGAIN)
+            else:  # closed since the route was read: Python knows who answers now
+                rpc.leave_to_others(message)
 
     def head(self, headers: Sequence[Header]) -> Head:
         return rpcs.head_of(headers, self.tokens)

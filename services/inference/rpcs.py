@@ -216,6 +216,11 @@ class Rpc(Stream):
         self.peer = self.connection.peer
         self.desk.on_call(self)
 
+    def leave_to_others(self, message: bytes) -> None:
+        self.messages.clear()
+        self.messages.append((0, message))
+        self.hand_over()
+
     def received(self, payload: bytes) -> None:
         if self.partial is None and len(payload) >= PREFIX.size:
             flag, length = PREFIX.unpack_from(payload)
@@ -231,8 +236,7 @@ class Rpc(Stream):
         """A message in one piece; perhaps the last."""
         if flag == 0 and self.ended and not (self.is_handed or self.messages):
             if not self.desk.ask(self, message):
-                self.messages.append((0, message))
-                self.hand_over()
+                self.leave_to_others(message)
             return
         self.take(flag, message)
         if self.ended:
@@ -279,6 +283,7 @@ class Rpc(Stream):
             self.hand_over()
 
     def is_asked(self) -> bool:
+        """Whether it is answered without anybody else."""
         if len(self.messages) != 1 or self.messages[0][0]:
             return False
         return self.desk.ask(self, self.messages[0][1])
