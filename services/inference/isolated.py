@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 RUN_S_MAX = 120.0
 """A batch that takes longer never ends; so does a stream that is silent for so long."""
 START_S_MAX = 120.0
+BACK_S_MAX = 10.0
+"""What a batch waits for the next worker."""
 END_S_MAX = 5.0
 BACKOFF_S_MAX = 30.0
 ANSWERS_WAITING_MAX = 1024
@@ -65,7 +67,7 @@ class Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(ours)
         self.lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self.killed = ""
+        self.why = ""
         self.answered = False
         with theirs:
             self.process = started(theirs.fileno())
@@ -96,7 +98,11 @@ class Worker:
             received = None
         self.channel.sock.settimeout(None)
         self.bound(socket.SO_SNDTIMEO)
-        return received[0] if received is not None else Message(error=self.end())
+        if received is None:
+            return Message(error=self.end())
+        if received[0].error is not None:
+            self.why = f"did not start: {received[0].error}"
+        return received[0]
 
     def bound(self, option: int) -> None:
         """What the socket waits for at most; a timeout of Python's would cost a poll a call."""
@@ -105,7 +111,7 @@ class Worker:
         self.channel.sock.setsockopt(socket.SOL_SOCKET, option, patience)
 
     def kill(self, why: str) -> None:
-        self.killed = why
+        self.why = why
         self.process.kill()
 
     def let_go(self) -> None:
@@ -125,7 +131,7 @@ class Worker:
             self.channel.sock.shutdown(socket.SHUT_RDWR)
         self.channel.close()
         self.listener.join(END_S_MAX)
-        cause = f"{self.title} {self.killed or cause_of(code)}{doing}"
+        cause = f"{self.title} {self.why or cause_of(code)}{doing}"
         said = " | ".join(self.lines)[-SAID_CHARS_MAX:]
         return f"{cause}; it said: {said}" if said else cause
 
@@ -191,6 +197,8 @@ class Isolated:
         self.labels = labels or {}
         self.on_crash = on_crash
         self.crashes = 0
+        self.falls = 0
+        """In a row, without an answer between them."""
         self.worker: Worker | None = None
         self.waiting: dict[int, Answers] = {}
         self.numbers = itertools.count(1)
@@ -252,13 +260,15 @@ class Isolated:
             self.waiting.pop(number, None)
 
     def joined(self, number: int, answers: Answers) -> Worker:
-        """Waits for the next worker where there is none."""
-        while self.up.wait(START_S_MAX):
+        """Waits for the next worker where there is none; not for one that fell at its start."""
+        while self.up.wait(0 if self.falls > 1 else BACK_S_MAX):
             with self.changing:
+                if self.closing.is_set():
+                    raise Crashed(f"worker of model '{self.spec.name}' was told to end")
                 if self.up.is_set() and self.worker is not None:
                     self.waiting[number] = answers
                     return self.worker
-        raise Crashed("its worker crashed and is not back yet")
+        raise Crashed(f"worker of model '{self.spec.name}' crashed and is not back yet")
 
     def next_of(self, worker: Worker, answers: Answers) -> tuple[Message, Arrays]:
         try:
@@ -279,12 +289,12 @@ class Isolated:
         if worker is not None:
             worker.let_go()
         self.keeper.join()
+        self.up.set()
 
     def keep(self, told: SimpleQueue[Message]) -> None:
         """There is always a worker: the next one starts as soon as one is gone."""
-        falls = 0
         said: Message | None = None
-        while not self.closing.wait(pause_s(falls)):
+        while not self.closing.wait(pause_s(self.falls)):
             worker = self.begin()
             if worker is None:
                 return
@@ -296,7 +306,7 @@ class Isolated:
                 return
             if said.error is None:
                 self.attend(worker)
-            falls = 1 if worker.answered else falls + 1
+            self.falls = 1 if worker.answered else self.falls + 1
             self.bury(worker)
 
     def begin(self) -> Worker | None:

@@ -220,6 +220,37 @@ def test_a_worker_killed_while_idle_is_back_too(made: Make) -> None:
     assert cause.endswith("(SIGKILL)")
 
 
+async def test_a_worker_that_does_not_start_again_is_tried_again(
+    made: Make, tmp_path: Path
+) -> None:
+    causes: SimpleQueue[str] = SimpleQueue()
+    flag = tmp_path / "flag"
+    initialize = f"""
+        def initialize(self, args):
+            assert not os.path.exists("{flag}"), "not now"
+    """
+    model = made(TORN.format(fall="os._exit(1)") + initialize, on_crash=causes.put)
+    flag.touch()
+    with pytest.raises(Crashed, match="exit code 1 while it ran"):
+        model.run({"x": BAD})
+    assert causes.get(timeout=60).endswith(
+        "exit code 1 while it ran a batch; it said: about to fall"
+    )
+    for _ in range(2):
+        assert "version 3 did not start: AssertionError: not now" in causes.get(timeout=60)
+    with pytest.raises(Crashed, match="crashed and is not back yet"):
+        model.run({"x": ONE})
+    flag.unlink()
+    await eventually(model.up.is_set)
+    assert model.run({"x": ONE})["y"].tolist() == [[1, 2]]
+
+
+def test_a_worker_that_falls_again_and_again_waits_longer_each_time() -> None:
+    pauses_s = [isolated.pause_s(falls) for falls in range(12)]
+    assert pauses_s[:5] == [0, 0, 0.5, 1, 2]
+    assert pauses_s[-1] == isolated.BACKOFF_S_MAX
+
+
 def test_a_model_that_hangs_is_killed(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolated, "RUN_S_MAX", 0.5)
     model = made(TORN.format(fall="threading.Event().wait()"))
@@ -302,6 +333,8 @@ def test_its_last_word_is_said_when_it_is_closed(
     worker = pid_of(model)
     model.close()
     assert "farewell" in caplog.text
+    with pytest.raises(Crashed, match="was told to end"):
+        model.run({"x": ONE})
     assert not Path(f"/proc/{worker}").exists()
 
 
