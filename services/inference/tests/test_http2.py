@@ -88,7 +88,7 @@ def test_a_request_that_is_none_is_malformed(headers: list[Header]) -> None:
 
 @pytest.mark.parametrize(
     ("timeout", "ns"),
-    [(b"1H", 3600 * 10**9), (b"2M", 120 * 10**9), (b"10m", 10**7), (b"99999999n", 99999999)],
+    [
         (b"1H", 3600 * 10**9),
         (b"2M", 120 * 10**9),
         (b"10m", 10**7),
