@@ -101,17 +101,20 @@ def pids_of(mark: str) -> list[int]:
 
 
 def end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Asked, then made to. Whoever its parent leaves behind is asked too: PyTriton's Triton keeps
+    shared memory until it ends by itself."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(LEAVE_S_MAX)
-    ends = monotonic() + LEAVE_S_MAX
-    while left := pids_of(mark):
-        for pid in left:
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids_of(mark):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.poll()
-        assert monotonic() < ends, left
-        sleep(POLL_S)
+                os.kill(pid, sent)
+        ends = monotonic() + LEAVE_S_MAX
+        while pids_of(mark) and monotonic() < ends:
+            process.poll()
+            sleep(10 * POLL_S)
+    assert not pids_of(mark), pids_of(mark)
 
 
 def memory_mb(mark: str) -> tuple[float, float]:
