@@ -92,10 +92,10 @@ def test_exactly_the_percentage_is_noted_and_by_arrival(make: Make) -> None:
 
 @both
 def test_no_more_is_noted_than_the_rates_allow(make: Make) -> None:
-    """A burst empties the buckets; what trickles in during the test is less than is in them."""
+    """A burst empties the buckets; more comes only with time."""
     batcher = configured(make, Batching(max_queue_size=1000), Sampling(5, 100, 7))
-    callers = joined(batcher, *[1] * 500)
     began_ns = time.monotonic_ns()
+    callers = joined(batcher, *[1] * 500)
     with runners(batcher, 1):
         pass
     notes = [caller.answer.note for caller in callers]
@@ -103,9 +103,9 @@ def test_no_more_is_noted_than_the_rates_allow(make: Make) -> None:
         sum(bool(n and n.logged) for n in notes),
         sum(bool(n and n.place) for n in notes),
     )
-    passed_s = (time.monotonic_ns() - began_ns) / 1e9 + 1
-    assert 7 <= logged <= 7 * (1 + passed_s)
-    assert 5 <= traced <= 5 * (1 + passed_s)
+    passed_s = (time.monotonic_ns() - began_ns) / 1e9
+    assert 7 <= logged <= 7 * (1 + passed_s) + 1
+    assert 5 <= traced <= 5 * (1 + passed_s) + 1
 
 
 @both
