@@ -15,6 +15,7 @@ from services.inference.calls import Answer, Call, Parameter
 from services.inference.classification import classes_of, classified
 from services.inference.endpoints import Endpoints
 from services.inference.front import Counts
+from services.inference.responses import Taken
 from services.inference.served import Served
 from services.inference.sharedmemory import SharedMemory, Window
 from services.inference.tensors import CONTENTS, Array, Given
@@ -223,6 +224,21 @@ def statistics_of(served: Served) -> oip.ModelStatistics:
             )
             for rows, (runs, input_ns, infer_ns, output_ns) in sorted(counts.batches.items())
         ],
+        response_stats={
+            str(place): response_stats_of(taken)
+            for place, taken in sorted(served.responses.by_place.items())
+        },
+    )
+
+
+def response_stats_of(taken: Taken) -> oip.InferResponseStatistics:
+    return oip.InferResponseStatistics(
+        compute_infer=duration(taken.success, taken.success_ns),
+        compute_output=duration(0, 0),
+        success=duration(taken.success, taken.success_ns),
+        fail=duration(taken.fail, taken.fail_ns),
+        empty_response=duration(0, 0),
+        cancel=duration(0, 0),
     )
 
 

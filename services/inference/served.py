@@ -16,6 +16,7 @@ from libs.doors import DeadlineExceeded, Exhausted, Internal, Refused, Unavailab
 from services.inference import modelconfig, sequences
 from services.inference.front import Batch, Batcher, Counts, Front, Lane, Note, Sampling
 from services.inference.models import Crashed, Model, RunFailed
+from services.inference.responses import Responses
 from services.inference.sequencer import Sequencer
 from services.inference.tally import Tally
 from services.inference.tensors import Arrays
@@ -132,6 +133,7 @@ class Served:
         self.streams = 0
         self.streamed = Tally()
         """Of a decoupled model, which runs in no batch."""
+        self.responses = Responses()
         self.pool = ThreadPoolExecutor(STREAMS_MAX, f"{name}-{version}-stream")
         self.batcher: Batcher = front.batcher(
             Lane(name, version, model.signature, model.batched, self.is_opaque())
@@ -204,12 +206,15 @@ class Served:
         if self.streams >= STREAMS_MAX:
             raise Exhausted(f"{self.title}: {self.streams} streams run already")
         self.streams += 1
-        began_ns = monotonic_ns()
-        answers = self.model.stream(inputs)
+        began_ns = asked_ns = monotonic_ns()
+        answers, place = self.model.stream(inputs), 0
         try:
             while (outputs := await self.next_of(answers, deadline_ns)) is not None:
+                self.responses.answered(place, monotonic_ns() - asked_ns)
                 yield outputs
+                asked_ns, place = monotonic_ns(), place + 1
         except Refused as error:
+            self.responses.failed(place, monotonic_ns() - asked_ns)
             self.refuse(error.code.value[0], began_ns)
             raise
         else:

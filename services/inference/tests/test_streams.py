@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from libs.contracts.protos import open_inference_pb2 as oip
+from services.inference.responses import PLACES_MAX, Responses
 from services.inference.streams import PENDING_MAX
 from services.inference.tests.desk import (
     BROKEN,
@@ -88,6 +89,17 @@ async def test_streams_are_counted_once_they_are_over(desk: Desk) -> None:
     assert found.inference_stats.success.count == 2
     assert found.inference_stats.success.ns >= found.inference_stats.compute_infer.ns > 0
     assert found.inference_stats.fail.count == 1
+    counts = {n: (one.success.count, one.fail.count) for n, one in found.response_stats.items()}
+    assert counts == {"0": (1, 1), "1": (1, 0), "2": (1, 0)}
+
+
+def test_a_long_stream_takes_no_more_room() -> None:
+    responses = Responses()
+    for place in range(10 * PLACES_MAX):
+        responses.answered(place, 2)
+    assert len(responses.by_place) == PLACES_MAX
+    last = responses.by_place[PLACES_MAX - 1]
+    assert (last.success, last.success_ns) == (9 * PLACES_MAX + 1, 2 * (9 * PLACES_MAX + 1))
 
 
 async def test_many_answers_wait_for_a_slow_reader(desk: Desk) -> None:
