@@ -1,6 +1,7 @@
 """A loaded version: its model, its queue, and the threads between the two."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ REFUSALS: dict[int, type[Refused]] = {
 }
 STREAMS_MAX = 64
 """Of one decoupled version at a time; each holds a thread while it waits for its next answer."""
+STREAMS_END_S = 10.0
+"""A version that is unloaded leaves its streams so long to come to their end."""
 FULL, CLOSED = 0, -1
 """What `Batcher.join` says instead of a ticket."""
 
@@ -131,6 +134,9 @@ class Served:
         self.refused: dict[int, tuple[int, int]] = {}
         """Requests that never joined, as `Counts.failures`."""
         self.streams = 0
+        self.quiet = asyncio.Event()
+        """No stream runs."""
+        self.quiet.set()
         self.streamed = Tally()
         """Of a decoupled model, which runs in no batch."""
         self.responses = Responses()
@@ -206,6 +212,7 @@ class Served:
         if self.streams >= STREAMS_MAX:
             raise Exhausted(f"{self.title}: {self.streams} streams run already")
         self.streams += 1
+        self.quiet.clear()
         began_ns = asked_ns = monotonic_ns()
         answers, place = self.model.stream(inputs), 0
         try:
@@ -223,6 +230,8 @@ class Served:
             self.streamed.answered([began_ns], rows, began_ns, (0, spent_ns, 0))
         finally:
             self.streams -= 1
+            if not self.streams:
+                self.quiet.set()
 
     async def next_of(self, answers: Iterator[Arrays], deadline_ns: int) -> Arrays | None:
         left_s = (deadline_ns - monotonic_ns()) / 1e9 if deadline_ns else None
@@ -296,6 +305,8 @@ class Served:
         """Whoever is in line is answered first."""
         if self.sequencer is not None:
             self.sequencer.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.quiet.wait(), STREAMS_END_S)
         self.batcher.close()
         for thread in self.threads:
             await asyncio.to_thread(thread.join)

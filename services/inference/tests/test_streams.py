@@ -75,6 +75,16 @@ async def test_a_decoupled_model_answers_as_often_as_it_likes(
     assert all(one.model_version == "1" for one in answers)
 
 
+async def test_a_stream_that_runs_comes_to_its_end_before_its_version_is_unloaded(
+    desk: Desk,
+) -> None:
+    call = desk.stub.ModelStreamInfer(iter([request("counter", number(50), [1], "INT32")]))
+    answers = [await anext(aiter(call))]
+    await asyncio.create_task(desk.endpoints.find("counter").unload("1"))
+    answers += [one async for one in call]
+    assert [numbers(one.infer_response, np.int32) for one in answers] == [[n] for n in range(50)]
+
+
 async def test_a_decoupled_model_that_fails_says_so(desk: Desk) -> None:
     (answer,) = await streamed(desk, request("counter", number(BROKEN), [1], "INT32"))
     assert answer.error_message == "model 'counter' version 1 failed: it cannot"
