@@ -96,7 +96,7 @@ class Returns:
             if place or not rpc.ended or not connection.has_room(rpc, form.size):
                 self.write(rpc, request_id, place, rows, contents)
                 continue
-            rpc.is_over = True
+            rpc.let_go()
             stream = rpc.id
             out = connection.out
             out += (

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from services.inference import frames
 from services.inference.frames import Header, Malformed
@@ -18,7 +18,7 @@ from services.inference.sender import Stream
 
 MESSAGE_BYTES_MAX = 64 << 20
 HELD_BYTES_MAX = 1 << 30
-"""Of messages that are not whole yet, of all clients together."""
+"""Of requests that came in several pieces, of all clients together."""
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 HEALTH = "/grpc.health.v1.Health/"
 PREFIX = struct.Struct(">BI")
@@ -31,6 +31,9 @@ UNITS_NS = {
     "u": 10**3,
     "n": 1,
 }
+TEXT_BYTES_MAX = 8000
+"""Of a status's text as it is sent: clients take 8 KiB of headers, some no more."""
+HALF_ESCAPED = re.compile("%[0-9A-F]?$")
 TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])", re.ASCII)
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
 """As zlib names the formats."""
@@ -149,15 +152,24 @@ def ended(code: int, text: str, trailing: Sequence[tuple[str, str]]) -> bytes:
         return ENDING
     headers = [("grpc-status", str(code))]
     if text:
-        headers.append(("grpc-message", quote(text, safe=PRINTABLE)))
+        headers.append(("grpc-message", said(text)))
     return frames.block([(name.encode(), value.encode()) for name, value in (*headers, *trailing)])
+
+
+def said(text: str) -> str:
+    """As a header may carry it; what is too long is cut between two characters."""
+    whole = quote(text[:TEXT_BYTES_MAX], safe=PRINTABLE)
+    if len(whole) <= TEXT_BYTES_MAX:
+        return whole
+    cut = HALF_ESCAPED.sub("", whole[:TEXT_BYTES_MAX])
+    return quote(unquote(cut, errors="ignore"), safe=PRINTABLE)
 
 
 class Desk(Protocol):
     """Where requests go."""
 
     held: int
-    """Bytes of messages that are not whole yet."""
+    """Bytes of requests that came in several pieces and are not over."""
 
     def ask(self, rpc: "Rpc", message: bytes) -> bool:
         """A plain ModelInfer. False when it is for somebody else."""
@@ -172,6 +184,7 @@ class Rpc(Stream):
         "deadline_ns",
         "desk",
         "head",
+        "held",
         "is_handed",
         "is_open",
         "is_over",
@@ -194,6 +207,7 @@ class Rpc(Stream):
         self.deadline_ns = monotonic_ns() + head.timeout_ns if head.timeout_ns else 0
         self.is_handed = self.is_open = self.is_over = False
         """With `on_call`; answered with headers; answered with a status, or nobody is there."""
+        self.held = 0
         self.partial: bytearray | None = None
         self.messages: deque[tuple[int, bytes]] = deque()
         self.reader: asyncio.Future[None] | None = None
@@ -247,6 +261,7 @@ class Rpc(Stream):
         if partial is None:
             partial = self.partial = bytearray()
         self.desk.held += len(payload)
+        self.held += len(payload)
         partial += payload
         while len(partial) >= PREFIX.size and not self.is_over:
             flag, length = PREFIX.unpack_from(partial)
@@ -259,10 +274,11 @@ class Rpc(Stream):
             with memoryview(partial) as view:
                 message = bytes(view[PREFIX.size : end])
             del partial[:end]
-            self.desk.held -= end
             self.take(flag, message)
-        if self.desk.held > HELD_BYTES_MAX and partial:
-            self.finish(RESOURCE_EXHAUSTED, f"{self.desk.held} bytes of unfinished requests wait")
+        if self.desk.held > HELD_BYTES_MAX and not self.is_over:
+            self.finish(
+                RESOURCE_EXHAUSTED, f"{self.desk.held} bytes of large requests wait already"
+            )
 
     def take(self, flag: int, message: bytes) -> None:
         if flag > 1 or (flag and self.head.encoding not in WINDOW_BITS):
@@ -300,6 +316,7 @@ class Rpc(Stream):
             self.reader = self.connection.loop.create_future()
             await self.reader
         flag, message = self.messages.popleft()
+        self.release(min(self.held, PREFIX.size + len(message)))
         self.connection.credit(self)
         if not flag:
             return message
@@ -328,10 +345,13 @@ class Rpc(Stream):
 
     def let_go(self) -> None:
         self.is_over = True
-        if self.partial is not None:
-            self.desk.held -= len(self.partial)
-            self.partial = None
+        self.release(self.held)
+        self.partial = None
         self.messages.clear()
+
+    def release(self, size: int) -> None:
+        self.held -= size
+        self.desk.held -= size
 
     def on_gone(self, gone: Callable[[], None]) -> None:
         self.lost = gone

@@ -172,6 +172,7 @@ class Echo:
             "Talk": grpc.stream_stream_rpc_method_handler(self.talk, bytes, bytes),
             "Wait": grpc.unary_unary_rpc_method_handler(self.wait, bytes, bytes),
             "Flood": grpc.unary_stream_rpc_method_handler(self.flood, bytes, bytes),
+            "Fail": grpc.unary_unary_rpc_method_handler(self.fail, bytes, bytes),
             "About": grpc.unary_unary_rpc_method_handler(self.about, bytes, bytes),
         }
 
@@ -203,6 +204,9 @@ class Echo:
         for _ in range(1024):
             yield bytes(1 << 20)
             self.written += 1
+
+    async def fail(self, message: bytes, context: Any) -> bytes:
+        raise Invalid(message.decode())
 
     async def about(self, message: bytes, context: Any) -> bytes:
         """What is known of the call."""

@@ -55,6 +55,18 @@ async def test_compressed_messages_are_read(kind: str, how: grpc.Compression) ->
         assert await channel.stream_unary(ECHO + "Join")(iter(sent)) == b"".join(sent)
 
 
+@pytest.mark.parametrize(
+    "text", ["a %41\n\u00e4 \u20ac\U0001f600", "", "\u20ac" * 100_000, "%" * 100_000]
+)
+async def test_any_text_of_an_error_arrives(kind: str, text: str) -> None:
+    """Headers have their bounds: a long one is cut."""
+    async with place(kind) as here, here.channel() as channel:
+        code, said = await refusal(channel.unary_unary(ECHO + "Fail")(text.encode()))
+        assert code is Code.INVALID_ARGUMENT
+        assert said == text or said[:500] == text[:500]
+        assert "\ufffd" not in said
+
+
 async def test_a_deadline_reaches_the_servicer(kind: str) -> None:
     async with place(kind) as here, here.channel() as channel:
         call = channel.unary_unary(ECHO + "Wait")(b"", timeout=0.3)

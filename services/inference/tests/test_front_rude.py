@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from libs.contracts.protos import open_inference_pb2 as oip
-from services.inference import frames
+from services.inference import frames, rpcs
 from services.inference.rpcs import MESSAGE_BYTES_MAX, MODEL_INFER
 from services.inference.tests.fronts import (
     ECHO,
@@ -147,6 +147,28 @@ async def test_a_message_that_is_too_large_is_refused_by_its_length(kind: str) -
             await channel.unary_unary(ECHO + "Unary")(large, timeout=60)
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await still_answers(here)
+
+
+async def test_large_requests_together_are_bounded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "native":
+        pytest.skip("its bound is a constant in C++")
+    monkeypatch.setattr(rpcs, "HELD_BYTES_MAX", 1_000_000)
+    async with place(kind) as here, here.channel() as channel:
+        here.serve_digits({"1": 100})
+        echo = channel.unary_unary(ECHO + "Unary")
+        assert len(await echo(bytes(800_000))) == 800_000
+        assert len(await echo(bytes(800_000))) == 800_000  # the first is no longer counted
+        half = await here.raw()
+        await half.say(half.hello() + half.ask(ECHO + "Unary", prefixed(bytes(800_000)))[:700_000])
+        await eventually(lambda: here.front.held > 600_000)  # type: ignore[attr-defined]
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await echo(bytes(800_000))
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        half.vanish()
+        await eventually(lambda: here.front.held == 0)  # type: ignore[attr-defined]
+        assert len(await echo(bytes(800_000))) == 800_000
 
 
 def broken() -> dict[str, tuple[bytes, set[int]]]:
