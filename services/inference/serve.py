@@ -4,13 +4,14 @@
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -43,6 +44,14 @@ UNTRACED, TRACED = Rates(0, 0), Rates(100, 0)
 """As the service does by default; nothing is logged, and traced only where traces are taken."""
 EXAMPLE_CHARACTERS_MAX = 1000
 """A longer body makes no line to copy."""
+
+
+class Places(NamedTuple):
+    """Where the doors are."""
+
+    http: str
+    grpc: str
+    metrics: str
 
 
 def main(words: Sequence[str]) -> int:
@@ -78,12 +87,17 @@ async def serve(options: argparse.Namespace) -> None:
     """Until SIGTERM or SIGINT; then what was accepted is answered. Raises `Misconfigured` when
     nothing can be served, `OSError` when a port is in use."""
     with telemetry.start("inference", options.otlp_endpoint):
-        async with serving(options) as drain:
-            await drain.until_over()
+        async with serving(options) as (drain, repository, places):
+            over = asyncio.create_task(drain.until_over())
+            await asyncio.sleep(0)  # from here on it hears signals
+            tell(repository, places)
+            await over
 
 
 @contextlib.asynccontextmanager
-async def serving(options: argparse.Namespace) -> AsyncIterator[Drain]:
+async def serving(
+    options: argparse.Namespace,
+) -> AsyncIterator[tuple[Drain, Repository, Places]]:
     async with contextlib.AsyncExitStack() as stack:
         host = Host([MODEL_INFER, MODEL_STREAM_INFER])
         front = fronts.make(os.environ.get(FRONT, "auto"), host.host, options.token)
@@ -98,26 +112,17 @@ async def serving(options: argparse.Namespace) -> AsyncIterator[Drain]:
         stack.callback(REGISTRY.unregister, statistics)
         await repository.start(options.load_model)
         if options.model_control_mode == "none" and not endpoints.versions("", ""):
-            raise Misconfigured("nothing can be served")
+            raise Misconfigured("nothing can be served: " + "; ".join(unserved(repository)))
         if options.model_control_mode == "poll":
             await stack.enter_async_context(background(repository.poll(options.poll_s)))
         drain = Drain(always)
         places = await stack.enter_async_context(doors(options, repository, host, drain))
-        tell(repository, places)
-        yield drain
+        yield drain, repository, places
 
 
 async def always() -> bool:
     """What could be loaded is, before a door opens."""
     return True
-
-
-class Places(NamedTuple):
-    """Where the doors are."""
-
-    http: str
-    grpc: str
-    metrics: str
 
 
 @contextlib.asynccontextmanager
@@ -146,9 +151,8 @@ def tell(repository: Repository, places: Places) -> None:
     for served in versions:
         inputs, outputs = listed(served.signature.inputs), listed(served.signature.outputs)
         say(f"{served.title}, {served.model.platform}: {inputs} -> {outputs}")
-    for name, version, _, reason in repository.index(ready_only=False):
-        if reason:
-            say(f"model '{name}' {version and f'version {version} '}is not served: {reason}")
+    for line in unserved(repository):
+        say(line)
     say(f"HTTP http://{places.http}, gRPC {places.grpc}, metrics http://{places.metrics}/metrics")
     for served in versions:
         body = json.dumps({"inputs": [example(tensor) for tensor in served.signature.inputs]})
@@ -156,6 +160,12 @@ def tell(repository: Repository, places: Places) -> None:
             say(f"curl -s http://{places.http}/v2/models/{served.name}/infer -d '{body}'")
             break
     say(f"grpcurl -plaintext {places.grpc} inference.GRPCInferenceService/ServerMetadata")
+
+
+def unserved(repository: Repository) -> Iterator[str]:
+    for name, version, _, reason in repository.index(ready_only=False):
+        if reason:
+            yield f"model '{name}' {version and f'version {version} '}is not served: {reason}"
 
 
 def say(line: str) -> None:
