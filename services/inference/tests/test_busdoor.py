@@ -16,12 +16,17 @@ from libs.bus.jetstream import JetStreamBus
 from libs.bus.memory import MemoryBus
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
+from libs.objectstore import ObjectStore
 from services.inference import busdoor
 from services.inference.bodies import HEADER_LENGTH, Exchange
 from services.inference.busdoor import BusDoor
 from services.inference.tensors import Arrays
 from services.inference.tests import desk as desks
+from services.inference.tests import stage
+from services.inference.tests.conftest import ROW as PIXELS
+from services.inference.tests.conftest import Replica
 from services.inference.tests.desk import Desk, Own, double
+from services.inference.tests.stage import Platform
 from stack.testing import eventually
 
 SUBJECT = "predict.default.double"
@@ -187,3 +192,21 @@ async def test_replicas_share_the_requests(bus: JetStreamBus, desk: Desk) -> Non
         ]
     assert sum(counts) == 40
     assert min(counts) > 0
+
+
+async def test_a_replica_of_the_platform_answers(
+    replica: Replica, platform: Platform, objects: ObjectStore, bus: JetStreamBus
+) -> None:
+    await platform.place()
+    await platform.deploy(1, await stage.register(objects, 1, 100, stage.digits()))
+    await replica.until_announced(1)
+    pixels = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": PIXELS}
+    asked = json.dumps({"inputs": [pixels]}).encode()
+
+    async def answered() -> Any:
+        with contextlib.suppress(NoAnswer):
+            reply = await bus.request("predict.default.digits", asked, {}, TIMEOUT_S)
+            return json.loads(reply.payload)
+
+    answer = await eventually(answered)
+    assert (answer["model_version"], answer["outputs"][0]["data"]) == ("1", [1])
