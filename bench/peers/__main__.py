@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ from bench.peers.wire import write_bodies
 RESULTS = Path(__file__).parents[1] / "peers.json"
 STATE = PEERS / "run.json"
 QUIET_LOAD_MAX = 0.5
+TRIES_MAX = 2
+"""Rounds in which a server may fail: Ray gives up when its node takes 30 s on a busy core."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -76,16 +79,17 @@ def begun(plan: Plan, again: bool) -> Run:
 def work(run: Run, where: Arrangement) -> Iterator[Record]:
     """What is not measured yet, round by round: a slow minute hurts every server alike."""
     done = {(one.round, one.server, tuple(one.names)) for one in run.records}
-    hopeless: set[tuple[str, tuple[str, ...]]] = set()
+    failures: Counter[tuple[str, tuple[str, ...]]] = Counter()
     models = run.plan.models
     for number in range(run.plan.runs):
         for peer in selected(run.plan.only):
             for names in turns(peer, models):
-                if (number, peer.name, names) not in done and (peer.name, names) not in hopeless:
+                hopeless = failures[peer.name, names] == TRIES_MAX
+                if (number, peer.name, names) not in done and not hopeless:
                     record = turn(number, peer, names, where)
-                    hopeless |= {(peer.name, names)} if record.failed else set()
+                    failures[peer.name, names] += bool(record.failed)
                     yield record
-            if peer.name == table.OURS and not hopeless & {(peer.name, tuple(models))}:
+            if peer.name == table.OURS:
                 for label, names, cores in special(models, where):
                     if (number, label, names) not in done:
                         yield turn(number, peer, names, cores, label)
