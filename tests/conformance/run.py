@@ -71,9 +71,9 @@ class Told(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(root: Path, *options: str, front: str = "auto") -> Iterator[Server]:
+def serving(root: Path, *options: str, front: str = "") -> Iterator[Server]:
     """`leptonic serve` on free ports, until the block ends. Raises `RuntimeError`."""
-    environment = os.environ | {FRONT_VARIABLE: front}
+    environment = os.environ | ({FRONT_VARIABLE: front} if front else {})
     http, grpc, metrics = ports.free(3)
     line = [LEPTONIC, "serve", str(root), "--server-name", SERVER_NAME]
     line += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
