@@ -68,8 +68,8 @@ void Batch::gather(size_t input, char* to) const {
   }
 }
 
-Mail Batch::reply(size_t index, const std::vector<OutputView>& views) const {
-  const Request& request = *requests_[index];
+Mail Batch::reply(size_t index, const std::vector<OutputView>& views) {
+  Request& request = *requests_[index];
   const Lane& lane = home_->lane;
   std::array<Output, kTensorsMax> outputs;
   std::array<Shape, kTensorsMax> shapes;
@@ -88,9 +88,9 @@ Mail Batch::reply(size_t index, const std::vector<OutputView>& views) const {
     outputs[count++] = {&lane.outputs[i], shape.dims.data(), shape.rank,
                         {views[i].data + offset, bytes}};
   }
-  return {Mail::kAnswer, request.call, kOk,
-          write_response(request.model, lane.version, request.id, request.place, outputs.data(), count),
-          {}};
+  write_response(request.model, lane.version, request.id, request.place, outputs.data(), count,
+                 request.reply);
+  return {Mail::kAnswer, request.call};
 }
 
 void Batch::answer(const std::vector<OutputView>& views) {
@@ -103,6 +103,12 @@ void Batch::answer(const std::vector<OutputView>& views) {
   Spent spent{gathered_ns_ - asked_ns_, inferred_ns_ - gathered_ns_, now_ns() - inferred_ns_};
   // Before anybody is told: who has an answer finds it in the statistics.
   home_->count(requests_, rows(), taken_ns_, spent);
+  auto mail = mails.begin();
+  for (auto& request : requests_) {
+    if (request->guest) continue;
+    if (request->is_noted()) (mail++)->bytes = std::move(request->reply);
+    else (mail++)->request = std::move(request);
+  }
   if (!mails.empty()) home_->deliver(mails);
 }
 

@@ -66,6 +66,9 @@ struct Request {
   int64_t timeout_us = 0;
   uint64_t priority = 0;
   Sampler::Marks marks{};
+  std::string reply;  // the answer, once it is there
+
+  bool is_noted() const { return marks.traced || marks.logged; }
 };
 
 using Requests = std::vector<std::unique_ptr<Request>>;
@@ -103,6 +106,7 @@ class Batch {
   std::vector<std::unique_ptr<Batch>> split();
 
   const std::shared_ptr<Batcher>& home() const { return home_; }
+  // Those from the wire that nobody notes are gone once they are answered: nullptr.
   const Requests& requests() const { return requests_; }
   int64_t start(size_t index) const { return stops_[index] - requests_[index]->rows; }
   int64_t rows() const { return stops_.back(); }
@@ -114,7 +118,7 @@ class Batch {
   void end_inferring();
 
  private:
-  Mail reply(size_t index, const std::vector<OutputView>& views) const;
+  Mail reply(size_t index, const std::vector<OutputView>& views);
 
   std::shared_ptr<Batcher> home_;
   Requests requests_;

@@ -27,6 +27,7 @@ LIBRARIES = f"{NAME}.libs"
 """In a wheel: libnghttp2, for machines that have none."""
 RPATH = f"-Wl,-rpath,$ORIGIN/{LIBRARIES}"
 NGHTTP2 = "libnghttp2.so.14"
+BINDING = (HERE / "module.cpp", HERE / "batches.cpp")
 CHECKS = HERE / "checks"
 SANITIZERS = ("address,undefined", "thread")
 ROUNDS = 200_000
@@ -74,7 +75,7 @@ def linked(
 
 
 def core() -> list[Path]:
-    return [path for path in sorted(HERE.glob("*.cpp")) if path.name != "module.cpp"]
+    return [path for path in sorted(HERE.glob("*.cpp")) if path not in BINDING]
 
 
 def built() -> Path:
@@ -82,8 +83,8 @@ def built() -> Path:
     target, stamp = BUILD / f"{NAME}{SUFFIX}", BUILD / "fingerprint"
     now = fingerprint()
     if not (target.exists() and stamp.exists() and stamp.read_text() == now):
-        binding = [Path(nanobind.source_dir()) / "nb_combined.cpp", HERE / "module.cpp"]
-        linked([*binding, *core()], target, [*FLAGS, *includes()], ["-shared", "-s", RPATH])
+        nano = Path(nanobind.source_dir()) / "nb_combined.cpp"
+        linked([nano, *BINDING, *core()], target, [*FLAGS, *includes()], ["-shared", "-s", RPATH])
         stamp.write_text(now)
     return target
 

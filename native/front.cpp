@@ -15,6 +15,8 @@ constexpr std::string_view kInfer = "/inference.GRPCInferenceService/ModelInfer"
 constexpr std::string_view kHealth = "/grpc.health.v1.Health/";
 constexpr std::string_view kBearer = "Bearer ";
 constexpr uint64_t kTimedOne = 64;
+constexpr size_t kSpareMax = 256;
+constexpr size_t kSpareBytesMax = 4 << 10;  // of each buffer
 
 // In time that tells nothing about the token.
 bool is_same(std::string_view one, std::string_view other) {
@@ -183,7 +185,9 @@ std::shared_ptr<Batcher> Front::led_to() const {
 
 std::unique_ptr<Request> Front::request(const Batcher& batcher, const Stream& stream,
                                         std::string& body) {
-  auto made = std::make_unique<Request>();
+  if (spare_.empty()) spare_.push_back(std::make_unique<Request>());
+  auto made = std::move(spare_.back());
+  spare_.pop_back();
   made->model = asked_.model;
   made->id = asked_.id;
   made->parent = stream.parent;
@@ -198,10 +202,23 @@ std::unique_ptr<Request> Front::request(const Batcher& batcher, const Stream& st
     made->shapes.assign(fit_.shapes.begin(), fit_.shapes.begin() + static_cast<ptrdiff_t>(count));
   if (!batcher.is_alike) made->kind = kind_of(batcher.lane, fit_.shapes.data());
   const char* before = body.data();
-  made->body = std::move(body);
+  made->body.swap(body);
   for (size_t i = 0; i < count; ++i)
     made->raws[i] = {made->body.data() + (fit_.raws[i].data() - before), fit_.raws[i].size()};
   return made;
+}
+
+void Front::recycle(std::unique_ptr<Request> request) {
+  if (spare_.size() >= kSpareMax) return;
+  for (auto* buffer : {&request->body, &request->reply}) {
+    if (buffer->capacity() > kSpareBytesMax) std::string().swap(*buffer);
+    buffer->clear();
+  }
+  request->place.clear();
+  request->shapes.clear();
+  request->kind = 0;
+  request->marks = {};
+  spare_.push_back(std::move(request));
 }
 
 void Front::opened(Session& session, Stream& stream) {

@@ -80,6 +80,7 @@ class Front : public Desk {
 
   std::shared_ptr<Batcher> led_to() const;
   std::unique_ptr<Request> request(const Batcher& batcher, const Stream& stream, std::string& body);
+  void recycle(std::unique_ptr<Request> request);
   void tell(Event event);
 
   void run();
@@ -127,6 +128,7 @@ class Front : public Desk {
   int lingering_ = 0;
   std::vector<std::shared_ptr<Batcher>> joined_;
   std::vector<Mail> mails_;
+  Requests spare_;  // used, and to be used again: their buffers are worth more than they
   std::unique_ptr<char[]> received_;
   Asked asked_;
   Fit fit_;

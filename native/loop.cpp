@@ -193,10 +193,12 @@ int Front::handle_mail() {
   mailbox_->collect(mails_);
   for (Mail& mail : mails_) {
     auto found = connections_.find(mail.call.connection);
-    if (found == connections_.end()) continue;
-    found->second->session.handle(mail);
-    mark(*found->second);
+    if (found != connections_.end()) {
+      found->second->session.handle(mail);
+      mark(*found->second);
+    }
     answers += mail.kind == Mail::kAnswer;
+    if (mail.request) recycle(std::move(mail.request));
   }
   mails_.clear();
   return answers;

@@ -7,6 +7,8 @@
 #include <iterator>
 #include <system_error>
 
+#include "batcher.h"
+
 namespace leptonic {
 
 Mailbox::Mailbox() : event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {

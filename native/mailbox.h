@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -17,9 +18,11 @@ struct CallId {
   int32_t stream = 0;
 };
 
+struct Request;
+
 struct Mail {
   enum Kind {
-    kAnswer,  // a message and status 0: the whole answer of a unary call
+    kAnswer,  // status 0 and a message, `bytes` or the request's `reply`: a whole unary answer
     kStatus,  // the end of a call, with `code`, `bytes` (its text) and `trailing`
     kWrite,   // one more message
     kTaken,   // Python has taken a message of so many bytes (`code`)
@@ -30,6 +33,7 @@ struct Mail {
   int code = 0;
   std::string bytes;
   Pairs trailing;
+  std::unique_ptr<Request> request;  // goes back to where it was made, to be used again
 };
 
 class Mailbox {

@@ -14,7 +14,7 @@ namespace {
 
 constexpr uint32_t kStreamWindow = 1 << 20;
 constexpr int32_t kConnectionWindow = 16 << 20;
-constexpr size_t kKeptBytes = 64 << 10;       // of a buffer that the next stream uses again
+constexpr size_t kKeptBytes = 4 << 10;        // of a buffer that the next stream uses again
 constexpr size_t kReservedBytes = 256 << 10;  // before they have come: more is only a claim
 constexpr size_t kToldBytes = 256 << 10;      // sent, before Python is told
 
@@ -347,8 +347,10 @@ bool Session::infer(Stream& stream) {
   std::string body = std::move(stream.body);
   stream.body.clear();
   hold(stream, size);
-  if (desk_.infer(*this, stream, body)) return true;
+  bool taken = desk_.infer(*this, stream, body);
+  if (taken) body.clear();
   stream.body = std::move(body);
+  if (taken) return true;
   partial_ += size;
   stream.held -= size;
   held_ -= size;
@@ -410,16 +412,17 @@ void Session::handle(Mail& mail) {
   if (!stream || stream->finished) return;
   if (mail.kind == Mail::kTaken)
     return refill(*stream, std::min(stream->held, static_cast<size_t>(mail.code)));
-  if (mail.kind == Mail::kWrite || mail.kind == Mail::kAnswer) write(*stream, std::move(mail.bytes));
+  if (mail.kind == Mail::kWrite || mail.kind == Mail::kAnswer)
+    write(*stream, mail.request ? mail.request->reply : mail.bytes);
   if (mail.kind == Mail::kAnswer) finish(*stream, kOk, {});
   if (mail.kind != Mail::kStatus) return;
   stream->way = Stream::kOver;  // Python knows
   finish(*stream, mail.code, std::move(mail.bytes), std::move(mail.trailing));
 }
 
-void Session::write(Stream& stream, std::string bytes) {
+void Session::write(Stream& stream, std::string& bytes) {
   unsent_ += bytes.size();
-  if (stream.out.empty()) stream.out = std::move(bytes);
+  if (stream.out.empty()) stream.out.swap(bytes);
   else stream.out.append(bytes);
   if (!stream.responding) respond(stream);
   else if (std::exchange(stream.deferred, false)) nghttp2_session_resume_data(http_, stream.id);

@@ -69,7 +69,7 @@ class Desk {
   virtual bool is_fast(std::string_view path) const = 0;
   virtual bool is_allowed(const Stream& stream) const = 0;
   // `body` is the whole message of a fast call, with its prefix. False: it is left, and Python is
-  // to look at it.
+  // to look at it. True: it is taken, and some buffer that is not needed is there instead.
   virtual bool infer(Session& session, Stream& stream, std::string& body) = 0;
   virtual void opened(Session& session, Stream& stream) = 0;
   virtual void message(Session& session, Stream& stream, std::string bytes, bool compressed) = 0;
@@ -126,7 +126,7 @@ class Session {
   void hold(Stream& stream, size_t bytes);
   void refill(Stream& stream, size_t given_back);
   void refill_connection();
-  void write(Stream& stream, std::string bytes);
+  void write(Stream& stream, std::string& bytes);
   void respond(Stream& stream);
   void refuse_http(Stream& stream, const char* status);
   ssize_t read_out(Stream& stream, uint8_t* to, size_t room, uint32_t* flags);

@@ -265,13 +265,14 @@ void write_prefix(char* at, size_t message_bytes) {
   for (int i = 0; i < 4; ++i) at[1 + i] = static_cast<char>(message_bytes >> (24 - 8 * i));
 }
 
-std::string write_response(std::string_view model, std::string_view version, std::string_view id,
-                           std::string_view traceparent, const Output* outputs, size_t count) {
+void write_response(std::string_view model, std::string_view version, std::string_view id,
+                    std::string_view traceparent, const Output* outputs, size_t count,
+                    std::string& message) {
   size_t size = field_bytes(model.size()) + field_bytes(version.size()) + field_bytes(id.size());
   if (!traceparent.empty()) size += field_bytes(trace_bytes(traceparent));
   for (size_t i = 0; i < count; ++i)
     size += field_bytes(head_bytes(outputs[i])) + field_bytes(outputs[i].raw.size());
-  std::string message(kPrefixBytes + size, '\0');
+  message.resize(kPrefixBytes + size);
   write_prefix(message.data(), size);
   Writer writer(message.data() + kPrefixBytes);
   writer.bytes(1, model);
@@ -293,7 +294,6 @@ std::string write_response(std::string_view model, std::string_view version, std
   }
   for (size_t i = 0; i < count; ++i) writer.bytes(6, outputs[i].raw);
   assert(writer.at() == message.data() + message.size());
-  return message;
 }
 
 }  // namespace leptonic

@@ -70,9 +70,10 @@ struct Output {
   std::string_view raw;
 };
 
-// A ModelInferResponse behind the five bytes that gRPC puts before a message.
-std::string write_response(std::string_view model, std::string_view version, std::string_view id,
-                           std::string_view traceparent, const Output* outputs, size_t count);
+// A ModelInferResponse behind the five bytes that gRPC puts before a message; replaces `message`.
+void write_response(std::string_view model, std::string_view version, std::string_view id,
+                    std::string_view traceparent, const Output* outputs, size_t count,
+                    std::string& message);
 
 constexpr size_t kPrefixBytes = 5;
 void write_prefix(char* at, size_t message_bytes);

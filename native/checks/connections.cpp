@@ -25,6 +25,7 @@ class SomeDesk : public Desk {
     if (below(random_, 3) == 0) return false;
     if (below(random_, 3) == 0) session.finish(stream, kResourceExhausted, "too many\n%", {{"retry-after", "1"}});
     else waiting.insert(stream.id);
+    body = "an old buffer";
     return true;
   }
   void opened(Session&, Stream& stream) override { CHECK(python.insert(stream.id).second); }
