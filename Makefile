@@ -13,7 +13,7 @@ setup: .venv/.ready ## install everything into .venv
 
 # uv takes its extra wheel folder from pip's configuration where there is one; elsewhere it picks
 # the torch build that fits the machine.
-.venv/.ready: pyproject.toml libs/leptonic/pyproject.toml constraints.txt scripts/setup.sh
+.venv/.ready: pyproject.toml libs/leptonic/pyproject.toml constraints.txt scripts/setup.sh $(wildcard native/*.*)
 	@scripts/setup.sh
 
 demo: setup ## run the whole loop once on real data

@@ -309,10 +309,16 @@ void Front::drop(Connection& connection) {
   connections_.erase(connection.session.serial);
 }
 
+// Those that come later hear it with their first request, or when the front closes.
 void Front::begin_goodbye() {
-  if (give_up_ns_) stop_listening();
-  if (std::exchange(told_goodbye_, true)) return;
+  bool closes = give_up_ns_ != 0;
+  if (closes && listener_ >= 0) {
+    accept_all();
+    stop_listening();
+  }
+  if (std::exchange(told_goodbye_, true) && !closes) return;
   for (auto& [_, connection] : connections_) {
+    if (connection->session.said_goodbye()) continue;
     connection->session.say_goodbye();
     mark(*connection);
   }

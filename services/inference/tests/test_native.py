@@ -15,7 +15,7 @@ import pytest
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
-from services.inference import tensors
+from services.inference import frames, tensors
 from services.inference.front import Lane
 from services.inference.tensors import Arrays
 from services.inference.tests.callers import Caller, configured, native, run, taken
@@ -24,6 +24,7 @@ from services.inference.tests.fronts import SILENT, digits, place, request, time
 ROOT = Path(__file__).resolve().parents[3]
 HEADER = Path("/usr/include/nghttp2/nghttp2.h")
 INTERNAL = 13
+PATIENCE_S = 120.0
 CHECKED_ROUNDS = 3000
 DATATYPES = sorted(set(tensors.DTYPES) - {"BYTES"})
 
@@ -170,6 +171,19 @@ def blocked_signals(thread: str) -> int:
 async def test_signals_are_pythons() -> None:
     async with place("native"):
         assert blocked_signals("front") >> (signal.SIGTERM - 1) & 1
+
+
+async def test_a_connection_that_came_late_and_asked_nothing_does_not_hold_up_the_end() -> None:
+    async with place("native") as here:
+        here.front.say_goodbye()
+        raw = await here.raw()
+        await raw.say(raw.hello())
+        assert await raw.until(frames.SETTINGS) is not None
+        async with asyncio.timeout(PATIENCE_S / 2):
+            closing = asyncio.ensure_future(here.front.close(PATIENCE_S))
+            assert await raw.until(frames.GOAWAY)
+            raw.vanish()
+            await closing
 
 
 async def test_the_front_knows_where_the_time_went() -> None:
