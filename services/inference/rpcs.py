@@ -340,6 +340,7 @@ class Rpc(Stream):
         if self.is_over:
             return
         self.let_go()
+        self.lost = None
         said = ended(code, text, trailing)
         self.connection.end(self, said if self.is_open else OPENING + said)
 
