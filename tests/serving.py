@@ -15,6 +15,7 @@ import grpc
 import httpx
 import numpy as np
 import onnx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from onnx import TensorProto, helper, numpy_helper
 
 from libs.contracts.protos import open_inference_pb2 as oip
@@ -112,11 +113,13 @@ class Server:
         self.address = f"127.0.0.1:{grpc_port}"
         self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
 
     async def is_ready(self) -> bool:
         assert self.process.returncode is None, self.log.read_text()
         with contextlib.suppress(grpc.aio.AioRpcError):
-            return bool((await self.stub.ServerReady(oip.ServerReadyRequest())).ready)
+            found = await self.health.Check(health_pb2.HealthCheckRequest())
+            return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
         return False
 
     async def waiting(self) -> int:

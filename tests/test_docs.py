@@ -14,7 +14,7 @@ from libs.settings import SERVICES, Common, variables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-CLIENT_VARIABLES = {"LEPTONIC_ENDPOINTS": "", "LEPTONIC_STACK": ""}
+CLIENT_VARIABLES = {"LEPTONIC_ENDPOINTS": "", "LEPTONIC_STACK": "", "LEPTONIC_TOKEN": ""}
 COMMON_OPTIONS = {"--json", "--project", "--data-dir", "--stack"}
 
 

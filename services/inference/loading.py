@@ -47,7 +47,7 @@ def build(plan: Plan, version: Version) -> Built:
 def build_onnx(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
     model, graph = with_ops(plan, version) if ops_of(plan) else in_process(plan, version)
     config = modelconfig.completed(plan.config, graph)
-    modelconfig.check(config, plan.name)
+    modelconfig.check(config, plan.name, graph=True)
     if plan.promised is not None:
         mlserver.check(plan.promised, graph)
     model.labels = layout.labels_of(config, plan.folder)

@@ -129,13 +129,16 @@ def check_against(what: str, said: Described, tensor: Tensor, rows_max: int) -> 
         )
 
 
-def check(config: pb.ModelConfig, folder: str) -> None:
-    """What can be served, of what can be said. Raises `Misconfigured`."""
-    for problem in problems(config, folder):
+def check(config: pb.ModelConfig, folder: str, graph: bool = False) -> None:
+    """What can be served, of what can be said. Raises `Misconfigured`.
+
+    `graph`: one has completed it, so that a tensor without dims has none beside its rows.
+    """
+    for problem in problems(config, folder, graph):
         raise Misconfigured(problem)
 
 
-def problems(config: pb.ModelConfig, folder: str) -> Iterator[str]:
+def problems(config: pb.ModelConfig, folder: str, graph: bool) -> Iterator[str]:
     if config.name != folder:
         yield f"name '{config.name}' must be the name of the model's folder, '{folder}'"
     if config.max_batch_size < 0:
@@ -148,6 +151,8 @@ def problems(config: pb.ModelConfig, folder: str) -> Iterator[str]:
     for listed in (config.input, config.output):
         for one in listed:
             yield from tensor_problems(one)
+            if not (one.dims or graph):
+                yield f"{kind_of(one)} '{one.name}': dims are missing"
     for preferred in config.dynamic_batching.preferred_batch_size:
         if not 0 < preferred <= config.max_batch_size:
             yield (
@@ -162,13 +167,14 @@ def is_set(config: pb.ModelConfig, field: str) -> bool:
     return any(descriptor.name == field for descriptor, _ in config.ListFields())
 
 
+def kind_of(one: Described) -> str:
+    return "input" if isinstance(one, pb.ModelInput) else "output"
+
+
 def tensor_problems(one: Described) -> Iterator[str]:
-    kind = "input" if isinstance(one, pb.ModelInput) else "output"
-    what = f"{kind} '{one.name}'"
+    what = f"{kind_of(one)} '{one.name}'"
     if one.data_type == pb.DataType.TYPE_INVALID:
         yield f"{what}: data_type is missing"
-    if not one.dims:
-        yield f"{what}: dims are missing"
     if any(size < 1 and size != -1 for size in one.dims):
         yield f"{what}: dims {list(one.dims)} must be at least 1, or -1"
     if one.is_shape_tensor:

@@ -29,7 +29,8 @@ class Client:
     def __init__(self, stack: stackfile.Stack, project: str | None = None) -> None:
         self.stack = stack
         self.project = project or stack.project
-        self.http = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
+        headers = stackfile.authorization()
+        self.http = httpx.Client(timeout=TIMEOUT_S, trust_env=False, headers=headers)
 
     def __enter__(self) -> "Client":
         return self

@@ -5,6 +5,7 @@ import uuid
 from types import TracebackType
 from typing import Any
 
+from leptonic import stackfile
 from leptonic.errors import Error
 
 TIMEOUT_S = 10.0
@@ -53,7 +54,11 @@ class Predictor:
         request_id = uuid.uuid4().hex
         try:
             answer = self.client.infer(
-                model, [tensor], request_id=request_id, client_timeout=TIMEOUT_S
+                model,
+                [tensor],
+                request_id=request_id,
+                client_timeout=TIMEOUT_S,
+                headers=stackfile.authorization(),
             )
         except self.triton.InferenceServerException as error:
             raise Error(f"inference at {self.address}: {error}") from error

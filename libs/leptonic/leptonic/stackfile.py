@@ -14,7 +14,14 @@ DATA_DIR = ".leptonic"
 FILE = "stack.json"
 ENDPOINTS_VARIABLE = "LEPTONIC_ENDPOINTS"
 KIND_VARIABLE = "LEPTONIC_STACK"
-CLIENT_VARIABLES = (ENDPOINTS_VARIABLE, KIND_VARIABLE)
+TOKEN_VARIABLE = "LEPTONIC_TOKEN"  # noqa: S105 - a name, no token
+CLIENT_VARIABLES = (ENDPOINTS_VARIABLE, KIND_VARIABLE, TOKEN_VARIABLE)
+
+
+def authorization() -> dict[str, str]:
+    """The header for doors that ask for a token; none where there is no token to give."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    return {"authorization": f"Bearer {token}"} if token else {}
 
 
 @dataclasses.dataclass(frozen=True)
