@@ -1,5 +1,5 @@
-"""Compiles leptonic_native: `build.py install` into this interpreter, `build.py wheel` also as a
-wheel in dist/native, `build.py sanitized` the checks of `make native-sanitized`, and runs them.
+"""Compiles leptonic_native: `build.py install` into this interpreter, `build.py wheel` as a wheel
+in dist/native, `build.py sanitized` the checks of `make native-sanitized`, and runs them.
 
 g++ alone: a build system would be more than what it builds.
 """
@@ -143,8 +143,7 @@ if __name__ == "__main__":
             rounds, seed = int(rest[0]) if rest else ROUNDS, int(rest[1]) if rest[1:] else 1
             for sanitizers in SANITIZERS:
                 checked(sanitizers, rounds, seed)
-        case [what]:
-            library = built()
-            print(f"native front: {install(library)}")
-            if what == "wheel":
-                print(wheel(library).relative_to(ROOT))
+        case ["install"]:
+            print(f"native front: {install(built())}")
+        case ["wheel"]:
+            print(wheel(built()).relative_to(ROOT))

@@ -21,4 +21,5 @@ elif [ -n "$lacks" ]; then
   echo "native front: not built, ${lacks//$'\n'/ and } is missing; the Python front takes over"
   exit 0
 fi
-"$python" native/build.py "${1:-install}"
+"$python" native/build.py install
+[ "${1:-}" != wheel ] || "$python" native/build.py wheel
