@@ -17,6 +17,8 @@ from services.inference.python_batcher import Answered, PythonBatcher
 from services.inference.rpcs import Head, Rpc
 
 BACKLOG = 1024
+ACCEPT_ROUNDS = 3
+"""Of the loop: to see that somebody is there, to accept, and to begin."""
 FORMS_MAX = 1024
 TRY_AGAIN = (("retry-after", "1"),)
 BEGIN = struct.Struct(f">IBI{len(rpcs.OPENING)}sIBI")
@@ -241,6 +243,10 @@ class PythonFront:
 
     async def close(self, patience_s: float) -> None:
         assert self.server is not None
+        for _ in range(ACCEPT_ROUNDS):
+            await asyncio.sleep(
+                0
+            )  # who is in the kernel's queue comes in; closing would reset them
         self.server.close()
         self.say_goodbye()
         try:

@@ -1,13 +1,24 @@
 """Who may come in at a front, and how it ends: no accepted request is lost."""
 
 import asyncio
+import socket
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from libs.contracts.protos import open_inference_pb2 as oip
-from services.inference.tests.fronts import ECHO, kinds, place, refusal, request, values
+from services.inference.rpcs import MODEL_INFER
+from services.inference.tests.fronts import (
+    ECHO,
+    kinds,
+    place,
+    prefixed,
+    refusal,
+    request,
+    values,
+)
 from stack import ports
 from stack.testing import eventually
 
@@ -84,6 +95,20 @@ async def test_what_was_accepted_is_answered_before_the_end(kind: str) -> None:
         await closing
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", here.front.port)
+
+
+async def test_who_is_at_the_door_when_it_closes_is_answered(kind: str) -> None:
+    async with place(kind) as here:
+        here.serve_digits({"1": 100})
+        raw = await here.raw()
+        said = raw.hello() + raw.ask(MODEL_INFER, prefixed(request(3).SerializeToString()))
+        with socket.create_connection(("127.0.0.1", here.front.port)) as door:
+            door.sendall(said)  # the loop has had no turn since: nobody has accepted this
+            await here.front.close(20)
+            heard = b""
+            while part := await asyncio.to_thread(door.recv, 1 << 16):
+                heard += part
+        assert np.full(4, 3, np.float32).tobytes() in heard
 
 
 async def test_an_end_does_not_wait_for_ever(kind: str) -> None:
