@@ -181,7 +181,7 @@ async def doors(
     async with (
         health_and_reflection(host, services, ready),
         BusDoor(api.bus, Exchange(endpoints, oip.memory)).serving(),
-        fronts.listening(endpoints.front, address, settings.grpc_port, drain),
+        fronts.listening(endpoints.front, host, address, settings.grpc_port, drain),
         http_door(address, settings.http_port, http, drain),
         http_door(address, settings.metrics_port, http_app("Metrics", [], ready), drain),
         http_door(address, settings.api_port, platform, drain),

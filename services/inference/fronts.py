@@ -8,6 +8,7 @@ from libs.doors.drain import Drain
 from libs.doors.serve import DRAIN_S, joined
 from services.inference import native, python_front
 from services.inference.front import Front, ServerCall
+from services.inference.rpc import WATCH, Host
 
 log = logging.getLogger(__name__)
 GRPC_LEAVES_S = 20.0
@@ -25,13 +26,16 @@ def make(kind: str, on_call: Callable[[ServerCall], None], tokens: Collection[st
 
 
 @contextlib.asynccontextmanager
-async def listening(front: Front, host: str, port: int, drain: Drain) -> AsyncIterator[None]:
-    """Answers until the block ends; then what was accepted. Raises `OSError` when the port is in
-    use."""
+async def listening(
+    front: Front, rpcs: Host, host: str, port: int, drain: Drain
+) -> AsyncIterator[None]:
+    """Answers until the block ends; then what was accepted. Who watches our health is told to look
+    elsewhere. Raises `OSError` when the port is in use."""
     shared = await joined(drain, port, GRPC_LEAVES_S)
     await front.listen(host, port, shared)
     drain.goodbyes.append(front.say_goodbye)
     try:
         yield
     finally:
+        await rpcs.end(WATCH)
         await front.close(DRAIN_S)

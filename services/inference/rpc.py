@@ -223,7 +223,7 @@ async def message_of(call: ServerCall, decode: Callable[[bytes], Any]) -> Any:
 async def health_and_reflection(
     host: Host, services: Sequence[ServiceDescriptor], ready: Ready
 ) -> AsyncIterator[None]:
-    """Answers both until the block ends; those that watch are then told to look elsewhere."""
+    """Answers both until the block ends."""
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, host)
     names = [service.full_name for service in services]
@@ -237,4 +237,3 @@ async def health_and_reflection(
         yield
     finally:
         await cancelled([watch])
-        await host.end(WATCH)

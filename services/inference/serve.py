@@ -137,7 +137,7 @@ async def doors(
     metrics = http_app("Metrics", [], drain.ready)
     async with (
         health_and_reflection(host, [OPEN_INFERENCE], drain.ready),
-        fronts.listening(endpoints.front, address, options.grpc_port, drain),
+        fronts.listening(endpoints.front, host, address, options.grpc_port, drain),
         http_door(address, options.http_port, api, drain) as http_port,
         http_door(address, options.metrics_port, metrics, drain) as metrics_port,
     ):

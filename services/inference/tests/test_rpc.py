@@ -252,6 +252,7 @@ async def test_health_answers_and_its_watchers_are_let_go(host: Host) -> None:
         await eventually(serving)
         host.host(watched)
         await eventually(lambda: len(watched.written) == 1)
+        await host.end(WATCH)
     assert await watched.end() == (AWAY, "the server is leaving")
 
 
