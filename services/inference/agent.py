@@ -174,7 +174,7 @@ class Agent:
             self.lacking.set()
             return False
         deployment, place = self.desired[key]
-        if endpoint.announced == deployment.generation and not endpoint.stale:
+        if endpoint.routed == deployment.generation and not endpoint.stale:
             return True
         with telemetry.span(
             "deployment load",
@@ -193,18 +193,21 @@ class Agent:
     async def roll_out(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> bool:
         """Loads first, routes then, unloads last: no request is refused on the way."""
         targets = await self.targets(endpoint, deployment)
+        endpoint.routed, endpoint.stale = 0, False  # a version may be quarantined at any await
         todo = domain.plan(targets, endpoint.loaded, endpoint.route)
         for target in todo.load:
             await self.load(endpoint, deployment, target)
+        if endpoint.stale:
+            return False
         todo = domain.plan(targets, endpoint.loaded, endpoint.route)
         endpoint.follow(deployment, todo)
         endpoint.rolled_out = context_of(telemetry.current())
         for version in todo.unload:
             await endpoint.unload(version)
-        if todo.complete:
-            endpoint.stale = False
+        if todo.complete and not endpoint.stale:
             if targets == deployment.targets and endpoint.announced != deployment.generation:
                 await self.announce(endpoint, deployment)
+            endpoint.routed = deployment.generation
         return todo.complete
 
     async def targets(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> list[Target]:

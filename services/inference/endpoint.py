@@ -46,6 +46,8 @@ class Endpoint:
         """The one the route follows; a model repository has none."""
         self.announced = 0
         """Generation of which this process said that it serves it."""
+        self.routed = 0
+        """Generation that is served as well as it can be; 0 while something is missing."""
         self.stale = False
         """Something else than the route is to be served, though the generation is the same."""
         self.rolled_out: SpanContext | None = None

@@ -61,7 +61,36 @@ async def test_the_version_before_serves_and_a_restart_remembers(
     async with started(apart, bus) as replica:
         await eventually(replica.agent.ready)
         assert await answer_of(replica) == 1
-        assert "2" not in replica.agent.endpoints.find("digits").served
+        endpoint = replica.agent.endpoints.find("digits")
+        assert "2" not in endpoint.served
+        rolled_out = endpoint.rolled_out
+        for _ in range(2):
+            await until_looked(replica)
+        assert endpoint.rolled_out is rolled_out is not None, "it is rolled out again and again"
+
+
+async def until_looked(replica: Replica) -> None:
+    """It has compared what is desired with what it serves once more."""
+    known = replica.agent.assignments
+    await eventually(lambda: replica.agent.assignments is not known)
+
+
+async def test_a_version_quarantined_while_its_predecessor_goes_leaves_somebody_to_answer(
+    replica: Replica, platform: Platform, objects: ObjectStore
+) -> None:
+    await platform.place()
+    await platform.deploy(1, await register(objects, 1, 100, stage.digits()))
+    await replica.until_announced(1)
+    endpoint = replica.agent.endpoints.find("digits")
+    first = endpoint.served["1"]
+    first.quiet.clear()  # as if a stream held it
+    await platform.deploy(2, await register(objects, 2, 100, stage.digits(OFFSET)))
+    await eventually(lambda: endpoint.route == {"2": 100} and "1" not in endpoint.served)
+    for _ in range(CRASHES):
+        replica.agent.endpoints.crashed(endpoint, endpoint.served["2"], "segmentation fault")
+    first.quiet.set()
+    assert await eventually(lambda: answer_of(replica)) == 1
+    assert endpoint.announced == 1
 
 
 async def until_quarantined(apart: Replica, platform: Platform, objects: ObjectStore) -> None:
