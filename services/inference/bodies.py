@@ -117,13 +117,7 @@ class Exchange:
         deadline_ns = deadline_of(request, patience_s) if patience_s else 0
         call = Call(model, version, request.id, given, asked, deadline_ns, traceparent, own)
         answer = await self.endpoints.infer(call)
-        labels = self.labels(answer, wishes)
-        return body_of(answer, wishes, bool(request.parameters.get(BINARY_ALL, False)), labels)
-
-    def labels(self, answer: Answer, wishes: Mapping[str, Wish]) -> Mapping[str, list[str]]:
-        if not any(wish.classes for wish in wishes.values()):
-            return {}
-        return self.endpoints.served(answer.model, answer.version).model.labels
+        return body_of(answer, wishes, bool(request.parameters.get(BINARY_ALL, False)))
 
 
 def deadline_of(request: InferRequest, patience_s: float) -> int:
@@ -215,18 +209,14 @@ def flag(what: str, parameters: Mapping[str, Parameter], name: str, default: boo
     return value
 
 
-def body_of(
-    answer: Answer,
-    wishes: Mapping[str, Wish],
-    every_binary: bool,
-    labels: Mapping[str, list[str]],
-) -> Body:
+def body_of(answer: Answer, wishes: Mapping[str, Wish], every_binary: bool) -> Body:
     outputs: list[AnsweredTensor] = []
     buffers: list[bytes] = []
     for tensor, array in answer.outputs:
         wish = wishes.get(tensor.name, Wish(binary=every_binary))
         if wish.classes:
-            tensor, array = classified(tensor, array, wish.classes, labels.get(tensor.name, []))
+            labels = answer.labels.get(tensor.name, ())
+            tensor, array = classified(tensor, array, wish.classes, labels)
         one = AnsweredTensor(tensor.name, tensor.datatype, list(array.shape))
         if wish.window is not None:
             raw = tensors.to_raw(tensor.datatype, array)
@@ -238,9 +228,7 @@ def body_of(
         else:
             one.data = json_values(tensor, array)
         outputs.append(one)
-    said: dict[str, Parameter] = dict(answer.parameters)
-    if answer.traceparent:
-        said[TRACE_HEADER] = answer.traceparent
+    said: dict[str, Parameter] = {TRACE_HEADER: answer.traceparent} if answer.traceparent else {}
     response = InferResponse(answer.model, answer.version, answer.id, said, outputs)
     header = msgspec.json.encode(response)
     return Body(header + b"".join(buffers), len(header)) if buffers else Body(header)

@@ -39,7 +39,8 @@ class Answer(NamedTuple):
     version: str
     id: str
     outputs: list[tuple[Tensor, Array]]
-    parameters: dict[str, Parameter]
+    labels: Mapping[str, Sequence[str]]
+    """Output -> the names of its classes, by the version that answered: it may be gone by now."""
     traceparent: str
 
 

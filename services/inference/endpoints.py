@@ -169,7 +169,8 @@ class Endpoints:
             raise
         outputs = [(tensor, result.outputs[tensor.name]) for tensor in asked.outputs]
         place = result.place or call.traceparent
-        return Answer(call.model, served.version, asked.id, outputs, {}, place)
+        labels = served.model.labels
+        return Answer(call.model, served.version, asked.id, outputs, labels, place)
 
     async def stream(self, call: Call) -> AsyncIterator[Answer]:
         """Any number of answers of a decoupled model; exactly one of any other. Raises
@@ -181,7 +182,8 @@ class Endpoints:
         asked = accepted(call, served)
         async for outputs in served.stream(asked.inputs, call.deadline_ns):
             own = [(one, outputs[one.name]) for one in asked.outputs if one.name in outputs]
-            yield Answer(call.model, served.version, asked.id, own, {}, call.traceparent)
+            labels = served.model.labels
+            yield Answer(call.model, served.version, asked.id, own, labels, call.traceparent)
 
     def crashed(self, endpoint: Endpoint, served: Served, cause: str) -> None:
         """After a few crashes a version is quarantined, and another one serves."""

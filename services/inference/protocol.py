@@ -13,7 +13,6 @@ from libs.doors import Invalid
 from services.inference import tensors
 from services.inference.calls import Answer, Call, Parameter
 from services.inference.classification import classes_of, classified
-from services.inference.endpoints import Endpoints
 from services.inference.front import Counts
 from services.inference.responses import Taken
 from services.inference.served import Served
@@ -141,30 +140,21 @@ def with_values(tensor: Any, place: str) -> Given:
     return Given(tensor.name, tensor.datatype, tensor.shape, values=values)
 
 
-def response_of(answer: Answer, wanted: Wanted, endpoints: Endpoints) -> oip.ModelInferResponse:
+def response_of(answer: Answer, wanted: Wanted) -> oip.ModelInferResponse:
     """Raw, or as values when the request came so and every output can."""
     response = oip.ModelInferResponse(
         model_name=answer.model, model_version=answer.version, id=answer.id
     )
-    for name, value in answer.parameters.items():
-        set_parameter(response.parameters[name], value)
     if answer.traceparent:
         response.parameters[TRACE_HEADER].string_param = answer.traceparent
-    labels = labels_of(answer, wanted, endpoints)
     typed = wanted.typed and all(tensor.datatype in CONTENTS for tensor, _ in answer.outputs)
     for tensor, array in answer.outputs:
         wish = wanted.wishes.get(tensor.name, Wish())
         if wish.classes:
-            own = labels.get(tensor.name, ())
+            own = answer.labels.get(tensor.name, ())
             tensor, array = classified(tensor, array, wish.classes, own)
         add_output(response, tensor, array, wish.window, typed)
     return response
-
-
-def labels_of(answer: Answer, wanted: Wanted, endpoints: Endpoints) -> Mapping[str, Sequence[str]]:
-    if not any(wish.classes for wish in wanted.wishes.values()):
-        return {}
-    return endpoints.served(answer.model, answer.version).model.labels
 
 
 def add_output(response: Any, tensor: Tensor, array: Array, window: Any, typed: bool) -> None:

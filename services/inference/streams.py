@@ -97,7 +97,7 @@ class Stream:
             await self.put(failed(request, error))
 
     def response(self, answer: Answer, wanted: Wanted, final: bool) -> oip.ModelStreamInferResponse:
-        response = protocol.response_of(answer, wanted, self.endpoints)
+        response = protocol.response_of(answer, wanted)
         response.parameters[FINAL].bool_param = final
         return oip.ModelStreamInferResponse(infer_response=response)
 

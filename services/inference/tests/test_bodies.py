@@ -146,7 +146,7 @@ def answer(datatype: str, array: tensors.Array) -> Answer:
 @pytest.mark.parametrize("datatype", sorted(set(DTYPES) - {"BYTES", "BOOL"}))
 def test_an_answer_is_the_same_in_both_forms(datatype: str) -> None:
     array = np.array([0, 1, 100]).astype(DTYPES[datatype])
-    binary = body_of(answer(datatype, array), {}, every_binary=True, labels={})
+    binary = body_of(answer(datatype, array), {}, every_binary=True)
     head = json.loads(binary.payload[: binary.header_length])
     (output,) = head["outputs"]
     raw = binary.payload[binary.header_length :]
@@ -154,16 +154,16 @@ def test_an_answer_is_the_same_in_both_forms(datatype: str) -> None:
     assert np.frombuffer(raw, DTYPES[datatype]).tolist() == array.tolist()
     if datatype in BINARY_ONLY:
         with pytest.raises(Refused, match=f"sending {datatype} data via JSON is not supported"):
-            body_of(answer(datatype, array), {}, every_binary=False, labels={})
+            body_of(answer(datatype, array), {}, every_binary=False)
         return
-    text = body_of(answer(datatype, array), {}, every_binary=False, labels={})
+    text = body_of(answer(datatype, array), {}, every_binary=False)
     (output,) = json.loads(text.payload)["outputs"]
     assert (text.header_length, output["data"]) == (0, array.tolist())
 
 
 def test_what_json_cannot_say_is_null() -> None:
     array = np.array([math.nan, math.inf, 1.0], np.float32)
-    text = body_of(answer("FP32", array), {}, every_binary=False, labels={})
+    text = body_of(answer("FP32", array), {}, every_binary=False)
     assert json.loads(text.payload)["outputs"][0]["data"] == [None, None, 1.0]
 
 
@@ -171,9 +171,8 @@ def test_one_output_may_be_binary_and_another_its_classes() -> None:
     scores = np.array([[0.25, 0.75]], np.float32)
     outputs = [(Tensor(name, "FP32", [-1, 2]), scores) for name in ("a", "b")]
     wishes = {"a": Wish(binary=True), "b": Wish(classes=1)}
-    found = body_of(
-        Answer("m", "1", "id", outputs, {}, "00-a"), wishes, False, {"b": ["cat", "dog"]}
-    )
+    made = Answer("m", "1", "id", outputs, {"b": ["cat", "dog"]}, "00-a")
+    found = body_of(made, wishes, every_binary=False)
     head = json.loads(found.payload[: found.header_length])
     assert head["parameters"] == {"traceparent": "00-a"}
     assert found.payload[found.header_length :] == scores.tobytes()

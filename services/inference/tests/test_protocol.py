@@ -1,6 +1,8 @@
 """The Open Inference Protocol over gRPC, call by call, as a client meets it."""
 
+import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ import pytest
 
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference.sharedmemory import FOLDER
-from services.inference.tensors import CONTENTS, DTYPES, to_raw, to_values
+from services.inference.tensors import CONTENTS, DTYPES, Arrays, to_raw, to_values
 from services.inference.tests.desk import (
     BROKEN,
     Desk,
+    double,
+    doubled,
     echo,
     number,
     numbers,
@@ -24,6 +28,7 @@ from services.inference.tests.desk import (
     three,
 )
 from services.inference.tests.fronts import kinds
+from stack.testing import eventually
 
 VALUES = {"BOOL": [[True, False]], "BYTES": [[b"a\0b", "é".encode()]]}
 
@@ -224,6 +229,28 @@ async def test_classes_are_answered_instead_of_the_tensor(desk: Desk) -> None:
     assert (output.datatype, list(output.shape)) == ("BYTES", [1, 2])
     told = [b"4.000000:1:right", b"2.000000:0:left"]
     assert answer.raw_output_contents[0] == to_raw("BYTES", np.array(told, object))
+
+
+async def test_a_version_that_is_unloaded_meanwhile_still_names_its_classes(desk: Desk) -> None:
+    model, running, go_on = double(), threading.Event(), threading.Event()
+
+    def slowly(inputs: Arrays) -> Arrays:
+        running.set()
+        assert go_on.wait(60)
+        return doubled(inputs)
+
+    model.function = slowly
+    await desk.serve("double", model, version="2")
+    asked = asyncio.ensure_future(desk.stub.ModelInfer(with_output(classification=1)))
+    assert await asyncio.to_thread(running.wait, 60)
+    endpoint = desk.endpoints.find("double")
+    endpoint.direct({"1": 100})
+    unloading = asyncio.create_task(endpoint.unload("2"))
+    await eventually(lambda: "2" not in endpoint.served)
+    go_on.set()
+    told = np.array([b"4.000000:1:right"], object)
+    assert (await asked).raw_output_contents[0] == to_raw("BYTES", told)
+    await unloading
 
 
 @pytest.fixture
