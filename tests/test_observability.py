@@ -15,6 +15,8 @@ import yaml
 from leptonic import compose
 
 from libs.settings import SERVICES
+from services.inference.statistics import Statistics
+from services.inference.tests import desk
 from tests.running import running_stack, until
 from tests.test_docs import rows, section
 
@@ -36,6 +38,7 @@ labels = {one.name: REGISTRY._names_to_collectors[one.name]._labelnames for one 
 told = {one.name + ending.get(one.type, ""): [one.type, *labels[one.name]] for one in families}
 print(json.dumps(told))
 """
+"""What there is once the service is imported."""
 
 
 def documented(title: str) -> dict[str, list[str]]:
@@ -82,10 +85,29 @@ def run(*command: str | Path) -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_every_metric_of_a_service_is_documented_and_no_other(service: str) -> None:
+async def test_every_metric_of_a_service_is_documented_and_no_other(service: str) -> None:
+    exposed = told_of(service)
+    if service == "inference":
+        exposed |= await told_of_models()
+    assert exposed == documented("Every service") | documented(service)
+
+
+def told_of(service: str) -> dict[str, list[str]]:
     command = [sys.executable, "-c", EXPOSED, service]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == documented("Every service") | documented(service)
+    told: dict[str, list[str]] = json.loads(done.stdout)
+    return told
+
+
+async def told_of_models() -> dict[str, list[str]]:
+    """What inference tells of its queues while it serves: collected when it is asked."""
+    async with desk.opened() as made:
+        await made.serve("double", desk.double())
+        asked = desk.request("double", desk.row(1, 2), [1, 2])
+        await made.stub.ModelInfer(asked)
+        families = list(Statistics(made.endpoints).collect())
+    ending = {"counter": "_total"}
+    return {f.name + ending.get(f.type, ""): [f.type, *f._labelnames] for f in families}  # type: ignore[attr-defined]
 
 
 def test_names_end_in_their_unit() -> None:

@@ -9,6 +9,7 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
+    UnknownMetricFamily,
 )
 
 from services.inference.endpoints import Endpoints
@@ -29,7 +30,7 @@ NV: dict[str, tuple[str, Callable[[Counts], int]]] = {
     "nv_inference_request_failure": ("Requests not answered", lambda c: failed(c)[0]),
     "nv_inference_count": ("Rows of requests answered", lambda c: c.inference_count),
     "nv_inference_exec_count": ("Batches run", lambda c: runs(c)),
-    "nv_inference_request_duration_us": ("Arrival to answer", lambda c: c.success_ns // US_NS),
+    "nv_inference_request_duration_us": ("Joined to answered", lambda c: c.success_ns // US_NS),
     "nv_inference_queue_duration_us": ("Wait for a batch", lambda c: c.queue_ns // US_NS),
     "nv_inference_compute_input_duration_us": (
         "Gathering batches",
@@ -62,14 +63,14 @@ class Statistics:
         rows = [((one.name, one.version), one.counts()) for one in self.served()]
         yield counter("requests", "Requests answered or failed", rows, answered)
         yield errors(rows)
-        yield latencies("latency", "Arrival to answer", rows, lambda c: (c.latency, c.success_ns))
+        yield latencies("latency", "Joined to answered", rows, lambda c: (c.latency, c.success_ns))
         yield latencies("queue", "Wait for a batch", rows, lambda c: (c.queue, c.queue_ns))
         yield batch_rows(rows)
         yield self.traffic()
         for name, (text, value) in NV.items():
-            metric = Metric(name, text, "unknown")
+            metric = UnknownMetricFamily(name, text, labels=LABELS)
             for labels, counts in rows:
-                metric.add_sample(name, dict(zip(LABELS, labels, strict=True)), value(counts))
+                metric.add_metric(labels, value(counts))
             yield metric
 
     def served(self) -> list[Served]:
