@@ -31,6 +31,7 @@ from services.inference.bodies import Exchange
 from services.inference.busdoor import BusDoor
 from services.inference.cache import Cache
 from services.inference.endpoints import Endpoints
+from services.inference.guard import Guard
 from services.inference.handlers import HANDLERS, Context
 from services.inference.isolated import in_worker
 from services.inference.journal import Journal
@@ -177,6 +178,7 @@ async def doors(
     label_door = gateway.route(api.SendFeedback, PLATFORM_API.methods_by_name["SendFeedback"])
     http = app_of(oip, tokens_of(settings), [label_door])
     platform = http_app("Leptonic inference", [(api, PLATFORM_API)], ready)
+    platform.add_middleware(Guard, tokens=tokens_of(settings))
     services = [OPEN_INFERENCE, PLATFORM_API]
     async with (
         health_and_reflection(host, services, ready),
