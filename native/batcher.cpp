@@ -119,7 +119,7 @@ bool Batcher::take(std::unique_ptr<Batch>& batch, std::vector<Refused>& late) {
     std::unique_lock held(lock_);
     for (;;) {
       now = now_ns();
-      line_.take(now, turn_);
+      line_.take(now, turn_, idle_ + 1);
       if (!turn_.batch.empty() || !turn_.late.empty()) break;
       if (closed_ && line_.waiting() == 0) return false;
       rest(held, turn_.wait_ns);

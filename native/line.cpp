@@ -66,7 +66,7 @@ void* Line::leave(uint64_t key) {
   return nullptr;
 }
 
-void Line::take(int64_t now_ns, Turn& turn) {
+void Line::take(int64_t now_ns, Turn& turn, int runners) {
   turn.batch.clear();
   turn.late.clear();
   if (soonest_ns_ <= now_ns) expire(now_ns, turn);
@@ -74,6 +74,7 @@ void Line::take(int64_t now_ns, Turn& turn) {
   if (turn.wait_ns > 0 || waiting_ == 0) return;
   gather(turn.batch);
   cut(turn.batch);
+  share(turn.batch, runners);
   remove(turn.batch);
 }
 
@@ -128,6 +129,21 @@ void Line::cut(std::vector<Place>& batch) const {
     if (size <= rows) best = std::max(best, size);
   if (best == 0) return;
   while (batch.size() > 1 && rows > best) {
+    rows -= batch.back().rows;
+    batch.pop_back();
+  }
+}
+
+// Runners that have nothing to do get as much each, unless there is enough for whole batches or
+// batches of a size are asked for.
+void Line::share(std::vector<Place>& batch, int runners) const {
+  bool is_all = waiting_ == static_cast<int64_t>(batch.size());
+  if (runners < 2 || !is_all || limits_.max_queue_delay_ns || !limits_.preferred_batch_size.empty())
+    return;
+  int64_t rows = 0;
+  for (auto& place : batch) rows += place.rows;
+  int64_t most = (rows + runners - 1) / runners;
+  while (batch.size() > 1 && rows > most) {
     rows -= batch.back().rows;
     batch.pop_back();
   }

@@ -60,7 +60,8 @@ class Line {
             int64_t timeout_us, uint64_t priority, void* request = nullptr);
   // What was given with it; nullptr when it is not in line.
   void* leave(uint64_t key);
-  void take(int64_t now_ns, Turn& turn);
+  // `runners`: those who have nothing to do.
+  void take(int64_t now_ns, Turn& turn, int runners = 1);
   // Everybody's, in order; nobody waits any more.
   std::vector<void*> dissolve();
   int64_t waiting() const { return waiting_; }
@@ -72,6 +73,7 @@ class Line {
   void add(const Place& place);
   int64_t timeout_ns(int64_t now_ns, int64_t timeout_us) const;
   uint64_t level(uint64_t priority) const;
+  void share(std::vector<Place>& batch, int runners) const;
   void expire(int64_t now_ns, Turn& turn);
   int64_t wait_ns(int64_t now_ns) const;
   bool is_enough(uint64_t kind) const;

@@ -133,9 +133,9 @@ Limits limits_of(const nb::kwargs& named) {
   return limits;
 }
 
-nb::tuple take_turn(Line& line, int64_t now_ns) {
+nb::tuple take_turn(Line& line, int64_t now_ns, int runners) {
   Turn turn;
-  line.take(now_ns, turn);
+  line.take(now_ns, turn, runners);
   nb::list batch, late;
   for (auto& place : turn.batch) batch.append(place.key);
   for (auto& one : turn.late) late.append(nb::make_tuple(one.place.key, one.by_client));
@@ -161,7 +161,7 @@ NB_MODULE(leptonic_native, module) {
         return line.join(key, rows, kind, now_ns, deadline_ns, timeout_us, priority);
       }, "key"_a, "rows"_a, "kind"_a, "now_ns"_a, "deadline_ns"_a = 0, "timeout_us"_a = 0, "priority"_a = 0)
       .def("leave", [](Line& line, uint64_t key) { line.leave(key); })
-      .def("take", &take_turn)
+      .def("take", &take_turn, "now_ns"_a, "runners"_a = 1)
       .def_prop_ro("waiting", &Line::waiting);
 
   nb::class_<PyBatch>(module, "Batch")
