@@ -5,6 +5,7 @@ side.
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import math
@@ -16,9 +17,11 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import msgspec
@@ -36,12 +39,21 @@ START_S_MAX = 120.0
 BACK_S_MAX = 10.0
 """What a batch waits for the next worker."""
 END_S_MAX = 5.0
+LOOK_S = 0.002
+"""Between two looks at a process that is to end."""
 BACKOFF_S_MAX = 30.0
+FALLS_MAX = 10
+"""More of them in a row lengthen the pause no further."""
 ANSWERS_WAITING_MAX = 1024
 """Of one stream whose client does not read."""
 LINES_KEPT = 12
+LINE_CHARS_MAX = 10_000
 SAID_CHARS_MAX = 600
 HUNG = "was killed: it gave no answer for {:g} s"
+EXITED = os.WEXITED | os.WNOWAIT
+GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF)
+"""What is sent to a worker that has left, or is buried, says so."""
+PYTHON = sys.executable
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "LEPTONIC_"
 """Settings of the service, passwords among them, are none of the model's business."""
@@ -68,9 +80,14 @@ class Worker:
         self.channel = Channel(ours)
         self.lines: deque[str] = deque(maxlen=LINES_KEPT)
         self.why = ""
+        self.heard_s = 0.0
+        """When it said anything, to whomever."""
         self.answered = False
-        with theirs:
+        self.reaping = Lock()
+        with theirs, contextlib.ExitStack() as failed:
+            failed.callback(ours.close)
             self.process = started(theirs.fileno())
+            failed.pop_all()
         self.listener = Thread(target=self.listen, name=self.title, daemon=True)
         self.listener.start()
         self.send(Message(text=msgspec.json.encode(spec).decode()), given)
@@ -78,15 +95,19 @@ class Worker:
     def listen(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as said:
-            for line in map(str.strip, said):
+            for line in map(str.strip, iter(partial(said.readline, LINE_CHARS_MAX), "")):
                 if line and not any(one in line for one in NOISE):
                     self.lines.append(line)
                     log.info("%s: %s", self.title, line)
 
     def send(self, message: Message, arrays: Arrays | None = None) -> None:
-        """Whether the process is still there is said by its silence only."""
-        with contextlib.suppress(OSError):
+        """Whether the process is still there is said by its silence only. Raises `OSError` when it
+        is, and cannot be told."""
+        try:
             self.channel.send(message, arrays)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
 
     def first_words(self) -> Message:
         """Once it can serve; or its error, or why it cannot."""
@@ -111,22 +132,41 @@ class Worker:
         self.channel.sock.setsockopt(socket.SOL_SOCKET, option, patience)
 
     def kill(self, why: str) -> None:
-        self.why = why
-        self.process.kill()
+        """With whatever the model started. Reaped, its number may be anybody's."""
+        with self.reaping:
+            if self.process.returncode is None:
+                self.why = why
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def exited(self, patience_s: float) -> bool:
+        """It is not reaped by that."""
+        until_s = monotonic() + patience_s
+        with contextlib.suppress(ChildProcessError):  # reaped by `end`
+            while os.waitid(os.P_PID, self.process.pid, EXITED | os.WNOHANG) is None:
+                if monotonic() > until_s:
+                    return False
+                sleep(LOOK_S)
+        return True
 
     def let_go(self) -> None:
         """It finishes what it does, says so, and ends."""
         with contextlib.suppress(OSError):
             self.channel.sock.shutdown(socket.SHUT_WR)
-        try:
-            self.process.wait(END_S_MAX)
-        except subprocess.TimeoutExpired:
+        if not self.exited(END_S_MAX):
             self.kill(f"was killed: it did not end within {END_S_MAX:g} s")
+
+    def reaped(self) -> int:
+        """Its exit code. What it started goes with it."""
+        self.exited(math.inf)
+        with self.reaping:
+            if self.process.returncode is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            return self.process.wait()
 
     def end(self, doing: str = "") -> str:
         """Of a process that has left its channel: why it ended."""
         self.let_go()
-        code = self.process.wait()
+        code = self.reaped()
         with contextlib.suppress(OSError):
             self.channel.sock.shutdown(socket.SHUT_RDWR)
         self.channel.close()
@@ -146,7 +186,7 @@ def started(descriptor: int) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "services.inference.worker", str(descriptor), str(os.getpid())]
+    command = [PYTHON, "-m", "services.inference.worker", str(descriptor), str(os.getpid())]
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -168,7 +208,7 @@ def cause_of(code: int) -> str:
 
 def pause_s(falls: int) -> float:
     """The first start and the first after a crash are at once."""
-    return 0.0 if falls < 2 else min(2.0 ** (falls - 3), BACKOFF_S_MAX)
+    return 0.0 if falls < 2 else min(2.0 ** (min(falls, FALLS_MAX) - 3), BACKOFF_S_MAX)
 
 
 class Isolated:
@@ -254,10 +294,16 @@ class Isolated:
         number, answers = next(self.numbers), Answers()
         worker = self.joined(number, answers)
         try:
-            worker.send(Message(number), inputs)
+            self.ask(worker, number, inputs)
             yield worker, number, answers
         finally:
             self.waiting.pop(number, None)
+
+    def ask(self, worker: Worker, number: int, inputs: Arrays) -> None:
+        try:
+            worker.send(Message(number), inputs)
+        except OSError as error:
+            raise RunFailed(f"model {self.spec.name} could not be asked: {error}") from error
 
     def joined(self, number: int, answers: Answers) -> Worker:
         """Waits for the next worker where there is none; not for one that fell at its start."""
@@ -271,16 +317,21 @@ class Isolated:
         raise Crashed(f"worker of model '{self.spec.name}' crashed and is not back yet")
 
     def next_of(self, worker: Worker, answers: Answers) -> tuple[Message, Arrays]:
-        try:
-            said = answers.get(timeout=RUN_S_MAX)
-        except Empty:
-            worker.kill(HUNG.format(RUN_S_MAX))
-            said = answers.get()
+        said = self.said(worker, answers)
         if isinstance(said, Ended):
             raise Crashed(said.cause)
         if said[0].error is not None:
             raise RunFailed(f"model {self.spec.name}: {said[0].error}")
         return said
+
+    def said(self, worker: Worker, answers: Answers) -> tuple[Message, Arrays] | Ended:
+        """While others are told anything it works, and we wait for our turn."""
+        asked_s = monotonic()
+        while (left_s := max(worker.heard_s, asked_s) + RUN_S_MAX - monotonic()) > 0:
+            with contextlib.suppress(Empty):
+                return answers.get(timeout=left_s)
+        worker.kill(HUNG.format(RUN_S_MAX))
+        return answers.get()
 
     def close(self) -> None:
         self.closing.set()
@@ -295,7 +346,15 @@ class Isolated:
         """There is always a worker: the next one starts as soon as one is gone."""
         said: Message | None = None
         while not self.closing.wait(pause_s(self.falls)):
-            worker = self.begin()
+            try:
+                worker = self.begin()
+            except OSError as error:
+                log.error("worker of model '%s' cannot be started: %s", self.spec.name, error)
+                if said is None:
+                    told.put(Message(error=f"its worker cannot be started: {error}"))
+                    return
+                self.falls += 1
+                continue
             if worker is None:
                 return
             is_first, said = said is None, worker.first_words()
@@ -324,11 +383,11 @@ class Isolated:
         else:
             worker.bound(socket.SO_RCVTIMEO)
             self.up.set()
-            worker.process.wait()
+            os.waitid(os.P_PID, worker.process.pid, EXITED)
 
     def hand_out(self, worker: Worker) -> None:
         while (received := worker.channel.receive()) is not None:
-            worker.answered = True
+            worker.answered, worker.heard_s = True, monotonic()
             number = received[0].id
             answers = self.waiting.get(number)
             if answers is None:

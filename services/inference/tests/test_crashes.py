@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from services.inference import isolated
-from services.inference.models import Crashed
+from services.inference.models import Crashed, RunFailed, Unloadable
 from services.inference.tests import workers
 from services.inference.tests.test_models import graph
 from services.inference.tests.workers import (
@@ -24,6 +25,7 @@ from services.inference.tests.workers import (
     DECOUPLED,
     ONE,
     SIGNATURE,
+    SYNCHRONOUS,
     TORN,
     Make,
     held,
@@ -117,6 +119,85 @@ def test_a_stream_that_is_silent_is_killed(made: Make, monkeypatch: pytest.Monke
     assert next(stream)["y"].tolist() == [[1, -1]]
     with pytest.raises(Crashed, match=r"was killed: it gave no answer for 0\.5 s"):
         next(stream)
+
+
+def test_streams_that_wait_for_each_other_are_not_silent(
+    made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of them is told nothing for longer than a silence may be: others are."""
+    monkeypatch.setattr(isolated, "RUN_S_MAX", 2.0)
+    slowly = SYNCHRONOUS.replace(
+        "def execute", "def wait(self): threading.Event().wait(0.8)\n\n        def execute"
+    )
+    slowly = slowly.replace("x = x_of(request)", "x = x_of(request); self.wait()")
+    model = made(slowly, decoupled=True)
+
+    def ask(count: int) -> int:
+        return len(list(model.stream({"x": np.array([[count, 0]], np.float32)})))
+
+    with ThreadPoolExecutor(4) as callers:
+        assert list(callers.map(ask, range(1, 5))) == [1, 2, 3, 4]
+    assert model.crashes == 0
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again(
+    made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(CALM)
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(isolated, "PYTHON", "/nowhere/python")
+        os.kill(pid_of(model), signal.SIGKILL)
+        await eventually(lambda: model.falls > 1)
+    await eventually(model.up.is_set)
+    assert model.run({"x": ONE})["y"].tolist() == [[2, 3]]
+
+
+def test_a_model_whose_worker_cannot_be_started_is_not_loaded(
+    made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated, "PYTHON", "/nowhere/python")
+    with pytest.raises(Unloadable, match=r"cannot be started: .*/nowhere/python"):
+        made(CALM)
+
+
+async def test_what_a_model_started_ends_with_it(made: Make) -> None:
+    model = made(
+        """
+        class TritonPythonModel:
+            def initialize(self, args):
+                self.other = __import__("subprocess").Popen(["sleep", "1000"])
+
+            def execute(self, requests):
+                return [answer(np.array([[self.other.pid, 0]], np.float64))]
+        """
+    )
+    started = int(model.run({"x": ONE})["y"][0, 0])
+    assert is_alive(started)
+    os.kill(pid_of(model), signal.SIGKILL)
+    await eventually(lambda: not is_alive(started))
+    assert model.run({"x": ONE})["y"][0, 0] != started
+
+
+def test_a_batch_that_cannot_be_sent_is_its_own_error(made: Make) -> None:
+    """No descriptor is left for the shared memory of a large one."""
+    model = made(CALM)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(RunFailed, match=r"torn could not be asked: .*Too many open files"):
+            model.run({"x": np.ones((1 << 20, 2), np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert model.run({"x": ONE})["y"].tolist() == [[2, 3]]
+
+
+async def test_a_line_without_end_is_heard_in_pieces(made: Make) -> None:
+    model = made(TORN.format(fall="sys.stdout.write('a' * 100_000)"))
+    assert model.worker is not None
+    lines = model.worker.lines
+    model.run({"x": BAD})
+    await eventually(lambda: len(lines) >= 10)
+    assert max(map(len, lines)) <= isolated.LINE_CHARS_MAX
 
 
 def test_a_crash_ends_every_stream(made: Make) -> None:

@@ -15,7 +15,17 @@ from services.inference.isolated import Isolated
 from services.inference.models import Crashed, RunFailed, Unloadable
 from services.inference.tests import workers
 from services.inference.tests.test_models import graph, resident_bytes
-from services.inference.tests.workers import BAD, CALM, DECOUPLED, ONE, TORN, Make, held, pid_of
+from services.inference.tests.workers import (
+    BAD,
+    CALM,
+    DECOUPLED,
+    ONE,
+    SYNCHRONOUS,
+    TORN,
+    Make,
+    held,
+    pid_of,
+)
 from services.inference.worker import Spec
 
 
@@ -130,12 +140,22 @@ def test_a_decoupled_model_answers_as_often_as_it_likes(made: Make) -> None:
         assert found == [[[count + n, n]] for n in range(count)]
 
 
-def test_streams_of_one_model_do_not_wait_for_each_other(made: Make) -> None:
+def test_streams_of_a_model_with_threads_of_its_own_do_not_wait_for_each_other(made: Make) -> None:
     model = made(DECOUPLED, decoupled=True)
     slow = model.stream({"x": np.array([[100, 0]], np.float32)})
     next(slow)
     assert len(list(model.stream({"x": np.array([[5, 0]], np.float32)}))) == 5
     assert len(list(slow)) == 99
+
+
+def test_streams_of_a_model_without_threads_come_one_after_the_other(made: Make) -> None:
+    model = made(SYNCHRONOUS, decoupled=True)
+    first = model.stream({"x": np.array([[100, 0]], np.float32)})
+    next(first)
+    second = model.stream({"x": np.array([[5, 0]], np.float32)})
+    next(second)
+    assert len(list(first)) == 99
+    assert len(list(second)) == 4
 
 
 def test_an_error_ends_a_stream_after_what_was_said(made: Make) -> None:

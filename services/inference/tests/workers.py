@@ -52,6 +52,16 @@ DECOUPLED = """
                 sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError("enough")))
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """
+SYNCHRONOUS = """
+    class TritonPythonModel:
+        def execute(self, requests):
+            for request in requests:
+                sender, x = request.get_response_sender(), x_of(request)
+                for n in range(int(x[0, 0])):
+                    sender.send(answer(x + n))
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+"""Its streams are computed one after the other."""
 ONE = np.array([[1, 2]], np.float32)
 BAD = np.array([[-1, 2]], np.float32)
 Make = Callable[..., Isolated]
