@@ -15,7 +15,7 @@ import msgspec
 from prometheus_client import Counter
 
 from libs.bus import Bus, PublishFailed
-from services.inference.tensors import Arrays
+from services.inference.tensors import Array, Arrays, encoded_string
 
 log = logging.getLogger(__name__)
 LOG_DROPPED = Counter(
@@ -24,6 +24,8 @@ LOG_DROPPED = Counter(
 ENTRIES_MAX = 8192
 BYTES_MAX = 64 << 20
 MESSAGE_BYTES_MAX = 1 << 20
+ENTRY_BYTES_MAX = 4 * MESSAGE_BYTES_MAX
+"""No array's JSON is shorter than a quarter of it: what is larger is not even encoded."""
 TAKE_MAX = 512
 GATHER_S = 0.1
 """How long entries gather into one message: few messages on the wire."""
@@ -47,13 +49,19 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        return sum(a.nbytes for arrays in (self.inputs, self.outputs) for a in arrays.values())
+        return sum(bytes_of(a) for arrays in (self.inputs, self.outputs) for a in arrays.values())
 
     def encoded(self) -> bytes:
         row = {name: getattr(self, name) for name in self.__struct_fields__ if name != "project"}
         row["inputs"] = {name: array.tolist() for name, array in self.inputs.items()}
         row["outputs"] = {name: array.tolist() for name, array in self.outputs.items()}
         return msgspec.json.encode(row)
+
+
+def bytes_of(array: Array) -> int:
+    """Of an array of objects `nbytes` counts the pointers."""
+    elements = array.flat if array.dtype == object else ()
+    return int(array.nbytes) + sum(len(encoded_string(one)) for one in elements)
 
 
 class Journal:
@@ -70,12 +78,19 @@ class Journal:
         self.closing = False
 
     def put(self, entry: Entry) -> None:
-        if len(self.queue) >= self.entries_max or self.bytes + entry.size_bytes > self.bytes_max:
+        size = entry.size_bytes
+        if size > ENTRY_BYTES_MAX:
+            self.drop_long(entry, size)
+        elif len(self.queue) >= self.entries_max or self.bytes + size > self.bytes_max:
             self.drop()
-            return
-        self.queue.append(entry)
-        self.bytes += entry.size_bytes
-        self.filled.set()
+        else:
+            self.queue.append(entry)
+            self.bytes += size
+            self.filled.set()
+
+    def drop_long(self, entry: Entry, size: int) -> None:
+        log.warning("request %s: %s bytes are too many to log", entry.request_id, size)
+        self.drop()
 
     def drop(self) -> None:
         self.dropped += 1
@@ -124,8 +139,7 @@ class Journal:
         for entry in entries:
             row = entry.encoded()
             if len(row) > MESSAGE_BYTES_MAX:
-                log.warning("request %s: %s bytes are too many to log", entry.request_id, len(row))
-                self.drop()
+                self.drop_long(entry, len(row))
                 continue
             if size + len(row) > MESSAGE_BYTES_MAX:
                 arrays.append([])

@@ -15,7 +15,8 @@ from libs.bus.jetstream import JetStreamBus
 from libs.contracts.events import DeploymentObserved
 from libs.objectstore import ObjectStore
 from services.inference import store
-from services.inference.journal import Entry, Journal
+from services.inference.journal import ENTRY_BYTES_MAX, Entry, Journal
+from services.inference.tensors import Array
 from services.inference.tests import stage
 from services.inference.tests.conftest import ROW, Replica
 from services.inference.tests.stage import Platform, register
@@ -181,8 +182,8 @@ class Dam:
         return await self.bus.publish(subject, payload, id=id)
 
 
-def entry(request_id: str) -> Entry:
-    pixels = {"pixels": np.array([ROW], np.float32)}
+def entry(request_id: str, array: Array | None = None) -> Entry:
+    pixels = {"pixels": np.array([ROW], np.float32) if array is None else array}
     return Entry(
         project="default", request_id=request_id, model="digits", number=1, generation=1,
         replica="a", inputs=pixels, outputs={}, traceparent="", at="2026-11-21T00:00:00+00:00",
@@ -204,3 +205,17 @@ async def test_a_full_log_drops_and_counts_and_the_drain_delivers_the_rest(
     messages = await bus.read(REQUESTS, "requests.>", 0, 10)
     ids = [row["request_id"] for message in messages for row in json.loads(message.payload)]
     assert ids == ["first", "0", "1", "2"]
+
+
+async def test_the_log_counts_the_bytes_of_texts_and_drops_what_is_too_long_at_once(
+    bus: JetStreamBus,
+) -> None:
+    text = np.array([b"x" * 1000, "é" * 500], object)
+    journal = Journal(bus, bytes_max=4096)
+    for number in range(3):
+        journal.put(entry(str(number), text))
+    assert (len(journal.queue), journal.dropped) == (2, 1)
+    assert journal.bytes == 2 * (2 * 8 + 2000)
+    long = Journal(bus)
+    long.put(entry("long", np.zeros(ENTRY_BYTES_MAX + 1, np.bool_)))
+    assert (len(long.queue), long.bytes, long.dropped) == (0, 0, 1)
