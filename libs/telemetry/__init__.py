@@ -179,8 +179,8 @@ def is_sampled(traceparent: str) -> bool:
 
 def child_of(traceparent: str) -> str:
     """A new place in the caller's trace."""
-    version, trace_id, _, flags = traceparent.split("-")
-    return f"{version}-{trace_id}-{secrets.token_hex(8)}-{flags}"
+    _, trace_id, _, flags = traceparent.split("-")[:4]  # a later version of the format has more
+    return f"00-{trace_id}-{secrets.token_hex(8)}-{flags}"
 
 
 def current() -> str:

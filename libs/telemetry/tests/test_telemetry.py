@@ -117,6 +117,14 @@ def test_the_release_is_the_one_that_is_packaged() -> None:
     assert packaged == telemetry.VERSION
 
 
+def test_a_traceparent_of_a_later_version_has_children_too() -> None:
+    later = f"cc{PARENT[2:]}-what-the-future-brings"
+    assert telemetry.is_sampled(later)
+    place = telemetry.child_of(later)
+    assert telemetry.span_context_of(place).trace_id == telemetry.span_context_of(later).trace_id
+    assert telemetry.is_sampled(place)
+
+
 def test_a_span_is_recorded_at_a_place_that_was_told_before() -> None:
     finished = InMemorySpanExporter()
     provider = trace.get_tracer_provider()
