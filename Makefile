@@ -31,8 +31,8 @@ test-resilience: setup ## every service replaced under load, faults, two Ray nod
 test-long: setup ## minutes of training on real data: the articles' case
 	@$(PYTHON) -m pytest -m "long and not compose" -s services libs
 
-soak: setup ## ten minutes of load on one server, its memory flat: SECONDS_OF_SOAK=600
-	@$(PYTHON) -m pytest -m long tests/test_soak.py
+soak: setup ## two million answers of one server over each front, its memory flat: SOAK_ANSWERS=2000000
+	@$(PYTHON) -m pytest -m long -s tests/test_soak.py
 
 test-compose: setup ## the loop, the demo and the faults in containers; starts a Docker engine where it can
 	@scripts/test_compose.sh
