@@ -134,13 +134,13 @@ REASONS = {
     500: "the model failed",
     501: "not served here",
     503: "not now: the queue is full, the request waited too long, or nothing is loaded",
-    504: "the deadline has passed",
 }
 NAMED = (400, 404, 503)
 """A model is looked for."""
 SENT = (400, 413, 415)
 """A body is read."""
-RUN = (*NAMED, 413, 415, 500, 501, 504)
+RUN = (*NAMED, 413, 415, 500, 501)
+"""A model is run."""
 HEALTH = "/v2/health/"
 """Answered without a token."""
 
@@ -246,7 +246,7 @@ def described(one: Operation, asks_for_token: bool, known: dict[str, Any]) -> di
     if one.path == f"{HEALTH}ready":
         responses["503"] = content("not ready", Ready, JSON, known)
     responses |= {str(code): content(REASONS[code], Error, JSON, known) for code in statuses}
-    if "503" in responses and "504" in responses:
+    if one.statuses == RUN:
         responses["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
     found: dict[str, Any] = {
         "operationId": operation_id(one),
@@ -258,7 +258,7 @@ def described(one: Operation, asks_for_token: bool, known: dict[str, Any]) -> di
         body = content("", one.takes, JSON, known)
         if one.takes is InferRequest:
             body["content"][BINARY] = {"schema": {}}
-        found["requestBody"] = {"content": body["content"], "required": 504 in one.statuses}
+        found["requestBody"] = {"content": body["content"], "required": one.statuses == RUN}
     return found | ({"security": [{"token": []}]} if guarded else {})
 
 
