@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Thread
 from time import monotonic_ns
 from typing import NamedTuple
@@ -101,6 +101,16 @@ class Waiting:
             self.result.set_exception(outcome)
 
 
+class Stream:
+    """The answers of a decoupled model to one request."""
+
+    def __init__(self, answers: Iterator[Arrays]) -> None:
+        self.answers = answers
+        self.coming: Future[Arrays | None] = Future()
+        """The next of them, on a thread."""
+        self.coming.set_result(None)
+
+
 class Served:
     """`instances` threads take batches; `tell` hears of what is traced or logged, `crashed` of a
     worker process that died."""
@@ -137,6 +147,7 @@ class Served:
         self.quiet = asyncio.Event()
         """No stream runs."""
         self.quiet.set()
+        self.is_closed = False
         self.streamed = Tally()
         """Of a decoupled model, which runs in no batch."""
         self.responses = Responses()
@@ -214,9 +225,9 @@ class Served:
         self.streams += 1
         self.quiet.clear()
         began_ns = asked_ns = monotonic_ns()
-        answers, place = self.model.stream(inputs), 0
+        stream, place = Stream(self.model.stream(inputs)), 0
         try:
-            while (outputs := await self.next_of(answers, deadline_ns)) is not None:
+            while (outputs := await self.next_of(stream, deadline_ns)) is not None:
                 self.responses.answered(place, monotonic_ns() - asked_ns)
                 yield outputs
                 asked_ns, place = monotonic_ns(), place + 1
@@ -229,15 +240,25 @@ class Served:
             spent_ns = monotonic_ns() - began_ns
             self.streamed.answered([began_ns], rows, began_ns, (0, spent_ns, 0))
         finally:
-            self.streams -= 1
-            if not self.streams:
-                self.quiet.set()
+            stream.coming.add_done_callback(self.stream_over)
 
-    async def next_of(self, answers: Iterator[Arrays], deadline_ns: int) -> Arrays | None:
+    def stream_over(self, _: "Future[Arrays | None]") -> None:
+        """Nobody may wait for it any more while its thread still does."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.give_back)
+
+    def give_back(self) -> None:
+        self.streams -= 1
+        if not self.streams:
+            self.quiet.set()
+
+    async def next_of(self, stream: "Stream", deadline_ns: int) -> Arrays | None:
+        if self.is_closed:
+            raise Unavailable(f"{self.title} is being unloaded")
         left_s = (deadline_ns - monotonic_ns()) / 1e9 if deadline_ns else None
-        coming = self.loop.run_in_executor(self.pool, next, answers, None)
+        stream.coming = self.pool.submit(next, stream.answers, None)
         try:
-            return await asyncio.wait_for(coming, left_s)
+            return await asyncio.wait_for(asyncio.wrap_future(stream.coming), left_s)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.title} did not answer in time") from error
         except Crashed as error:
@@ -307,6 +328,7 @@ class Served:
             self.sequencer.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.quiet.wait(), STREAMS_END_S)
+        self.is_closed = True
         self.batcher.close()
         for thread in self.threads:
             await asyncio.to_thread(thread.join)

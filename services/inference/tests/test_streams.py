@@ -1,18 +1,23 @@
 """Streams: answers in order or as they come, errors among them, sequences with their state."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
 
 from libs.contracts.protos import open_inference_pb2 as oip
+from libs.doors import Unavailable
+from services.inference import served
 from services.inference.responses import PLACES_MAX, Responses
 from services.inference.streams import PENDING_MAX
+from services.inference.tensors import Arrays
 from services.inference.tests.desk import (
     BROKEN,
     STATEFUL,
     Desk,
+    counter,
     number,
     numbers,
     request,
@@ -83,6 +88,43 @@ async def test_a_stream_that_runs_comes_to_its_end_before_its_version_is_unloade
     await asyncio.create_task(desk.endpoints.find("counter").unload("1"))
     answers += [one async for one in call]
     assert [numbers(one.infer_response, np.int32) for one in answers] == [[n] for n in range(50)]
+
+
+async def test_a_stream_that_outlasts_its_version_says_so(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "STREAMS_END_S", 0.01)
+    stream = desk.endpoints.served("counter", "").stream({"x": np.array([9], np.int32)}, 0)
+    await anext(stream)
+    await desk.endpoints.find("counter").unload("1")
+    with pytest.raises(Unavailable, match="model 'counter' version 1 is being unloaded"):
+        await anext(stream)
+
+
+async def test_a_stream_holds_its_place_for_as_long_as_its_thread(desk: Desk) -> None:
+    model, running, go_on = counter(), threading.Event(), threading.Event()
+
+    def silent(inputs: Arrays) -> Iterator[Arrays]:
+        running.set()
+        assert go_on.wait(60)
+        yield from ()
+
+    model.function = silent
+    await desk.serve("counter", model)
+    version = desk.endpoints.served("counter", "")
+
+    async def read() -> None:
+        async for _ in version.stream({"x": np.array([9], np.int32)}, 0):
+            pass
+
+    reading = asyncio.create_task(read())
+    assert await asyncio.to_thread(running.wait, 60)
+    reading.cancel()
+    await asyncio.wait([reading])
+    await asyncio.sleep(0)  # what would be given back is
+    assert version.streams == 1
+    go_on.set()
+    await eventually(lambda: version.streams == 0)
 
 
 async def test_a_decoupled_model_that_fails_says_so(desk: Desk) -> None:
@@ -157,5 +199,5 @@ async def test_a_client_that_goes_takes_its_stream_with_it(desk: Desk) -> None:
     await stream.read()
     await asked.wait()
     stream.cancel()
-    served = desk.endpoints.served("counter", "")
-    await eventually(lambda: served.streams == 0)
+    version = desk.endpoints.served("counter", "")
+    await eventually(lambda: version.streams == 0)
