@@ -1,6 +1,7 @@
 """The Open Inference Protocol with Triton's extensions; HTTP asks the same object."""
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -48,14 +49,17 @@ class Repository(Protocol):
 
     async def unload(self, name: str) -> None: ...
 
-    def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]: ...
+    async def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]: ...
 
 
 class Deployed:
     """The models of the platform: deployments decide what is served, and clients look."""
 
     def __init__(self, endpoints: Endpoints) -> None:
-        self.index = endpoints.index
+        self.endpoints = endpoints
+
+    async def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
+        return self.endpoints.index(ready_only)
 
     async def load(self, name: str, config: str = "", files: Mapping[str, bytes] = {}) -> None:
         raise Conflict(f"failed to load '{name}': deployments decide what is served here")
@@ -77,6 +81,8 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self.repository = repository or Deployed(endpoints)
         self.memory = SharedMemory()
         self.controls = Controls(endpoints)
+        self.changes: set[asyncio.Task[None]] = set()
+        """Of the repository, on clients' demand."""
 
     async def ServerLive(self, request: oip.ServerLiveRequest, context: Context) -> Any:
         return oip.ServerLiveResponse(live=True)
@@ -123,7 +129,7 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def RepositoryIndex(self, request: oip.RepositoryIndexRequest, context: Context) -> Any:
         check_one_repository(request.repository_name)
-        rows = self.repository.index(request.ready)
+        rows = await self.repository.index(request.ready)
         kind = oip.RepositoryIndexResponse.ModelIndex
         return oip.RepositoryIndexResponse(
             models=[kind(name=n, version=v, state=s, reason=r) for n, v, s, r in rows]
@@ -134,7 +140,7 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> Any:
         check_one_repository(request.repository_name)
         config, files = protocol.load_of(request.parameters)
-        await self.repository.load(request.model_name, config, files)
+        await self.kept(self.repository.load(request.model_name, config, files))
         return oip.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -146,8 +152,16 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             if name != UNLOAD_DEPENDENTS:
                 raise Invalid(f"unrecognized unload parameter '{name}': '{UNLOAD_DEPENDENTS}' is")
             protocol.chosen(name, value, "bool_param")
-        await self.repository.unload(request.model_name)
+        await self.kept(self.repository.unload(request.model_name))
         return oip.RepositoryModelUnloadResponse()
+
+    async def kept(self, change: Coroutine[Any, Any, None]) -> None:
+        """To its end, also when the client has gone: half a load leaves a process behind, half an
+        unload its threads."""
+        task = asyncio.create_task(change)
+        self.changes.add(task)
+        task.add_done_callback(self.changes.discard)
+        await asyncio.shield(task)
 
     async def SystemSharedMemoryStatus(
         self, request: oip.SystemSharedMemoryStatusRequest, context: Context

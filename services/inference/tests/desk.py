@@ -114,10 +114,11 @@ def running_sum() -> Own:
 
 
 class Desk:
-    def __init__(self, service: OpenInference, stub: Any) -> None:
+    def __init__(self, service: OpenInference, stub: Any, host: Host) -> None:
         self.service = service
         self.endpoints = service.endpoints
         self.stub = stub
+        self.host = host
 
     async def serve(self, name: str, model: Own, config: str = "", version: str = "1") -> None:
         endpoint = self.endpoints.at(("default", name))
@@ -140,7 +141,7 @@ async def opened(repository: Any = None, kind: str = "python") -> AsyncIterator[
     service = OpenInference(endpoints, "triton", ready, repository)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, host)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
-        yield Desk(service, open_inference_pb2_grpc.GRPCInferenceServiceStub(channel))
+        yield Desk(service, open_inference_pb2_grpc.GRPCInferenceServiceStub(channel), host)
     await front.close(5)
     await endpoints.close()
 
