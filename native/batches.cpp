@@ -155,7 +155,10 @@ nb::object PyBatcher::counts() {
 nb::object PyBatch::note(size_t index) const {
   const Request& request = *core_->requests()[index];
   int64_t start = core_->start(index);
-  return home_->kinds->note(request.id, request.parent, request.place, request.marks.logged, start,
+  // A header is whatever bytes its client sent.
+  nb::object parent = nb::steal(PyUnicode_DecodeUTF8(
+      request.parent.data(), static_cast<Py_ssize_t>(request.parent.size()), "replace"));
+  return home_->kinds->note(request.id, parent, request.place, request.marks.logged, start,
                             start + request.rows, request.arrived_ns, core_->taken_ns());
 }
 

@@ -3,8 +3,10 @@ in one batch; a thread that leaves the signals to Python; and its checks under s
 
 import asyncio
 import importlib.util
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,22 @@ from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference import frames, tensors
-from services.inference.front import Lane
+from services.inference.front import Lane, Sampling
+from services.inference.rpcs import MODEL_INFER
 from services.inference.tensors import Arrays
 from services.inference.tests.callers import Caller, configured, native, run, taken
-from services.inference.tests.fronts import SILENT, digits, place, request, times, values
+from services.inference.tests.fronts import (
+    ECHO,
+    POST,
+    SILENT,
+    digits,
+    place,
+    prefixed,
+    request,
+    times,
+    values,
+)
+from stack.testing import eventually
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADER = Path("/usr/include/nghttp2/nghttp2.h")
@@ -158,6 +172,59 @@ def test_a_tensor_may_have_many_dimensions() -> None:
     assert inputs["x"].reshape(-1).tolist() == [1.0, 2.0]
     batch.answer({"y": inputs["x"]})
     assert len(told) == 2
+
+
+def said(stream: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
+    head = frames.frame(frames.HEADERS, frames.END_HEADERS, stream, frames.block(headers))
+    return head + frames.frame(frames.DATA, frames.END_STREAM, stream, body)
+
+
+async def test_a_traceparent_of_any_bytes_is_noted() -> None:
+    async with place("native") as here:
+        batcher = here.front.batcher(digits("1"))
+        batcher.configure(Batching(), Sampling(0.0, 100, 1000.0))
+        here.front.route("digits", {"1": 100}, {"1": batcher})
+        raw = await here.raw()
+        body = prefixed(request(1.0).SerializeToString())
+        path, parent = (b":path", MODEL_INFER.encode()), (b"traceparent", b"\xff")
+        await raw.say(raw.hello() + said(1, [path, *POST, parent], body))
+        batch = await asyncio.to_thread(taken, batcher)
+        assert [note.parent for note in batch.notes] == ["\ufffd"]
+        batch.answer(times(1)(batch.inputs()))
+        assert (await raw.headers())[":status"] == "200"
+
+
+async def test_a_method_of_any_bytes_costs_nobody_elses_call() -> None:
+    async with place("native") as here:
+        raw = await here.raw()
+        asked = said(1, [(b":path", b"/\xff"), *POST], b"")
+        asked += said(3, [(b":path", ECHO.encode() + b"Unary"), *POST], prefixed(b"well"))
+        await raw.say(raw.hello() + asked)
+        assert await raw.answer(3) == prefixed(b"well")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+async def test_a_stream_that_is_always_ahead_of_its_client_keeps_no_more_than_it_is_ahead() -> None:
+    grant, all_bytes = 1 << 19, 128 << 20
+    async with place("native") as here:
+        raw = await here.raw()
+        window = struct.pack(">HI", frames.INITIAL_WINDOW, 0)
+        opening = frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0, window)
+        await raw.say(opening + raw.ask(ECHO + "Flood", prefixed(b"")))
+        before = resident_bytes()
+        word = frames.WORD.pack(grant)
+        more = b"".join(frames.frame(frames.WINDOW_UPDATE, 0, at, word) for at in (0, 1))
+        for come in range(0, all_bytes, grant):
+            await eventually(lambda come=come: here.echo.written << 20 > come)
+            await raw.say(more)
+            got = 0
+            while got < grant:
+                got += len(await raw.until(frames.DATA, 1))
+        assert resident_bytes() - before < all_bytes / 2
+        raw.vanish()
 
 
 def blocked_signals(thread: str) -> int:
