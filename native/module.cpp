@@ -30,10 +30,14 @@ std::vector<Tensor> tensors_of(const std::vector<TensorArgument>& arguments, Typ
   return tensors;
 }
 
+// What a client's headers say may be any bytes.
+nb::object text(std::string_view bytes) {
+  return nb::steal(PyUnicode_DecodeLatin1(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), nullptr));
+}
+
 // header names and values, NUL behind each
 nb::list metadata_of(const std::string& headers) {
   nb::list pairs;
-  auto text = [](const char* at) { return nb::steal(PyUnicode_DecodeLatin1(at, static_cast<Py_ssize_t>(strlen(at)), nullptr)); };
   for (const char *at = headers.data(), *end = at + headers.size(); at < end;) {
     const char* value = at + strlen(at) + 1;
     pairs.append(nb::make_tuple(text(at), text(value)));
@@ -84,7 +88,7 @@ class PyFront {
     nb::list found;
     for (Event& event : core_->events()) {
       nb::object bytes = event.kind == Event::kOpened
-                             ? nb::object(nb::str(event.bytes.data(), event.bytes.size()))
+                             ? text(event.bytes)
                              : nb::object(nb::bytes(event.bytes.data(), event.bytes.size()));
       found.append(nb::make_tuple(static_cast<int>(event.kind), event.call.connection, event.call.stream,
                                   bytes, metadata_of(event.headers), event.peer, event.number));
