@@ -422,6 +422,11 @@ void Session::handle(Mail& mail) {
 
 void Session::write(Stream& stream, std::string& bytes) {
   unsent_ += bytes.size();
+  // A client that is always a little behind never lets it run empty.
+  if (stream.out_at > stream.out.size() / 2) {
+    stream.out.erase(0, stream.out_at);
+    stream.out_at = 0;
+  }
   if (stream.out.empty()) stream.out.swap(bytes);
   else stream.out.append(bytes);
   if (!stream.responding) respond(stream);
