@@ -13,10 +13,7 @@ from libs.doors import Invalid, NotFound, Unavailable
 from services.inference import domain, router
 from services.inference.front import Batcher, Front
 from services.inference.quarantine import Crashes
-from services.inference.served import INTERNAL, UNAVAILABLE, Served
-
-FAULTS = (INTERNAL, UNAVAILABLE)
-"""Codes that are the version's own fault: what a canary is judged by."""
+from services.inference.served import Served
 
 
 class Origin(NamedTuple):
@@ -51,8 +48,8 @@ class Endpoint:
         self.stale = False
         """Something else than the route is to be served, though the generation is the same."""
         self.rolled_out: SpanContext | None = None
-        self.seen: dict[str, tuple[int, int]] = {}
-        """Version -> (requests, errors) that `counts` has."""
+        self.seen: dict[Served, tuple[int, int]] = {}
+        """(requests, errors) that `counts` has."""
         self.counts: dict[tuple[int, int], list[int]] = {}
         """(generation, number) -> [requests, errors] not yet in Postgres."""
         self.observed: list[Observation] = []
@@ -73,9 +70,9 @@ class Endpoint:
         self.served[version] = served
         self.origins[version] = origin
         self.publish()
+        self.crashes.pop(version, None)
         if replaced is not None:
-            self.seen.pop(version, None)
-            await replaced.close()
+            await self.close(replaced)
 
     def direct(self, route: Mapping[str, int]) -> None:
         """From the next request on."""
@@ -97,14 +94,22 @@ class Endpoint:
         self.front.route(self.name, self.route, batchers)
 
     async def unload(self, version: str) -> None:
-        self.tally()
-        unloaded = self.served.pop(version)
+        """Whoever else unloads it at the same moment waits for nothing."""
+        unloaded = self.served.pop(version, None)
+        if unloaded is None:
+            return
         self.origins.pop(version)
-        self.seen.pop(version, None)
         self.crashes.pop(version, None)
         self.route.pop(version, None)
         self.publish()
-        await unloaded.close()
+        await self.close(unloaded)
+
+    async def close(self, served: Served) -> None:
+        """Who is answered until the end is counted."""
+        self.count(served)
+        await served.close()
+        self.count(served)
+        self.seen.pop(served)
 
     def pick(self, version: str) -> Served:
         """Raises `Refused`."""
@@ -137,17 +142,19 @@ class Endpoint:
 
     def tally(self) -> None:
         """What was answered since the last time is the current generation's."""
-        for version, served in self.served.items():
-            counts = served.counts()
-            errors = sum(counts.failures.get(code, (0, 0))[0] for code in FAULTS)
-            requests = counts.success_count + errors
-            known = self.seen.get(version, (0, 0))
-            if (requests, errors) != known and self.deployment is not None:
-                place = (self.generation, int(version))
-                sums = self.counts.setdefault(place, [0, 0])
-                sums[0] += requests - known[0]
-                sums[1] += errors - known[1]
-            self.seen[version] = (requests, errors)
+        for served in self.served.values():
+            self.count(served)
+
+    def count(self, served: Served) -> None:
+        errors = served.faults()
+        requests = served.counts().success_count + errors
+        known = self.seen.get(served, (0, 0))
+        if (requests, errors) != known and self.deployment is not None:
+            place = (self.generation, int(served.version))
+            sums = self.counts.setdefault(place, [0, 0])
+            sums[0] += requests - known[0]
+            sums[1] += errors - known[1]
+        self.seen[served] = (requests, errors)
 
     def settle(self, counts: dict[tuple[int, int], list[int]]) -> None:
         """These are in Postgres now."""

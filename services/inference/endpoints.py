@@ -197,14 +197,15 @@ class Endpoints:
         log.error("%s is %s", served.title, reason)
         endpoint.quarantined[version] = reason
         endpoint.direct({v: share for v, share in endpoint.route.items() if v != version})
-        task = asyncio.create_task(self.replace(endpoint, version))
+        task = asyncio.create_task(self.replace(endpoint, served))
         self.replacing.add(task)
         task.add_done_callback(self.replacing.discard)
 
-    async def replace(self, endpoint: Endpoint, version: str) -> None:
-        await self.on_quarantine(endpoint, version)
-        if version in endpoint.served:
-            await endpoint.unload(version)
+    async def replace(self, endpoint: Endpoint, served: Served) -> None:
+        """By now the version may have been deployed and loaded anew."""
+        await self.on_quarantine(endpoint, served.version)
+        if endpoint.served.get(served.version) is served:
+            await endpoint.unload(served.version)
 
 
 async def nothing_else(endpoint: Endpoint, version: str) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Thread
+from threading import Lock, Thread
 from time import monotonic_ns
 from typing import NamedTuple
 
@@ -141,6 +141,8 @@ class Served:
         self.rates = rates
         self.log_percent = 0
         self.loop = asyncio.get_running_loop()
+        self.lock = Lock()
+        self.blamed = 0
         self.refused: dict[int, tuple[int, int]] = {}
         """Requests that never joined, as `Counts.failures`."""
         self.streams = 0
@@ -262,8 +264,10 @@ class Served:
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.title} did not answer in time") from error
         except Crashed as error:
+            self.blame()
             raise Unavailable(f"{self.title}: {error}") from error
         except RunFailed as error:
+            self.blame()
             raise Internal(f"{self.title} failed: {error}") from error
 
     def work(self) -> None:
@@ -276,7 +280,9 @@ class Served:
             outputs = self.model.run(inputs)
             batch.answer(outputs)
         except Crashed as error:
-            batch.fail(UNAVAILABLE, f"{self.title}: {error}")
+            for part in batch.split():
+                self.blame()
+                part.fail(UNAVAILABLE, f"{self.title}: {error}")
         except (RunFailed, ValueError) as error:
             self.retry(batch, str(error))
         except Exception as error:  # a thread that ends would leave its version without an answer
@@ -291,6 +297,7 @@ class Served:
         """One by one, so that a request fails for itself only."""
         parts = batch.split()
         if len(parts) == 1:
+            self.blame()
             parts[0].fail(INTERNAL, f"{self.title} failed: {problem}")
             return
         for part in parts:
@@ -304,6 +311,16 @@ class Served:
             for arrays in (inputs, outputs)
         )
         return Noted(note, given, given_back, monotonic_ns(), batch.rows)
+
+    def blame(self) -> None:
+        with self.lock:
+            self.blamed += 1
+
+    def faults(self) -> int:
+        """Requests that failed for what the version did, which is what a canary is judged by: not
+        those that came too late or found it full."""
+        with self.lock:
+            return self.blamed
 
     def refuse(self, code: int, began_ns: int) -> None:
         """Counts a request that was refused before it joined."""
