@@ -13,12 +13,9 @@ import os
 import signal
 import socket
 import struct
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 from time import monotonic, sleep
@@ -30,6 +27,7 @@ import numpy as np
 from libs.contracts.artifacts import Signature
 from services.inference.channel import Arrays, Channel, Message
 from services.inference.models import Crashed, RunFailed, Unloadable
+from services.inference.process import cause_of, started
 from services.inference.worker import Spec
 
 log = logging.getLogger(__name__)
@@ -53,10 +51,6 @@ HUNG = "was killed: it gave no answer for {:g} s"
 EXITED = os.WEXITED | os.WNOWAIT
 GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF)
 """What is sent to a worker that has left, or is buried, says so."""
-PYTHON = sys.executable
-ROOT = Path(__file__).resolve().parents[2]
-OURS = "LEPTONIC_"
-"""Settings of the service, passwords among them, are none of the model's business."""
 NOISE = ("services/inference/worker.py", "<frozen runpy>", "Extension modules:")
 """Of a crash's traceback: what is not the model's."""
 
@@ -176,36 +170,6 @@ class Worker:
         return f"{cause}; it said: {said}" if said else cause
 
 
-def started(descriptor: int) -> subprocess.Popen[str]:
-    """In a session of its own: a signal to the service's group is not for its workers."""
-    environment = {name: v for name, v in os.environ.items() if not name.startswith(OURS)}
-    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    command = [PYTHON, "-m", "services.inference.worker", str(descriptor), str(os.getpid())]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=[descriptor],
-        start_new_session=True,
-        env=environment,
-        text=True,
-        errors="replace",
-    )
-
-
-def cause_of(code: int) -> str:
-    if code < 0:
-        return f"died of signal {-code} ({signal.Signals(-code).name})"
-    return f"ended with exit code {code}"
-
-
 def pause_s(falls: int) -> float:
     """The first start and the first after a crash are at once."""
     return 0.0 if falls < 2 else min(2.0 ** (min(falls, FALLS_MAX) - 3), BACKOFF_S_MAX)
@@ -224,9 +188,11 @@ class Isolated:
         decoupled: bool = False,
         labels: dict[str, list[str]] | None = None,
         on_crash: Callable[[str], None] | None = None,
+        keeps: object = None,
     ) -> None:
         """`graph`: unless it is a file of the spec. `signature`: what the worker's graph says when
         None. `on_crash` is told every cause, once for each process, on this model's own thread.
+        `keeps` is let go when the model is closed: what the next worker reads, too.
         Raises `Unloadable`."""
         self.spec = spec
         self.given = {"graph": np.frombuffer(graph, np.uint8)} if graph else {}
@@ -236,6 +202,7 @@ class Isolated:
         self.platform = "python" if spec.kind == "python" else "onnxruntime_onnx"
         self.labels = labels or {}
         self.on_crash = on_crash
+        self.keeps = keeps
         self.crashes = 0
         self.falls = 0
         """In a row, without an answer between them."""
@@ -341,6 +308,7 @@ class Isolated:
             worker.let_go()
         self.keeper.join()
         self.up.set()
+        self.keeps = None
 
     def keep(self, told: SimpleQueue[Message]) -> None:
         """There is always a worker: the next one starts as soon as one is gone."""

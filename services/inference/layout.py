@@ -6,7 +6,7 @@ Triton's layout (`<model>/config.pbtxt`, `<model>/<version>/model.onnx`), MLServ
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from libs.contracts.protos.model_config_pb2 import ModelConfig
@@ -44,12 +44,19 @@ class Plan(NamedTuple):
     """Where label files and warm-up data lie."""
     promised: mlserver.Settings | None = None
     """What the graph's tensors must be, where MLServer's settings say so."""
+    keeps: object = None
+    """With which the files go."""
+
+
+class Absent(Misconfigured):
+    """There is no folder at all."""
 
 
 def find(root: Path) -> list[Found]:
-    """By name. Raises `Misconfigured` when there is nothing that could be a model."""
+    """By name. Raises `Misconfigured` when there is nothing that could be a model, `OSError`
+    when it cannot be read."""
     if not root.exists():
-        raise Misconfigured(f"{root}: there is no such file or folder")
+        raise Absent(f"{root}: there is no such file or folder")
     found = {one.name: one for one in found_in(root)}
     if not found:
         raise Misconfigured(
@@ -85,7 +92,7 @@ def at_file(path: Path) -> Found:
 
 def at_folder(folder: Path) -> Found:
     settings = folder / mlserver.FILE
-    if settings.is_file():
+    if os.path.isfile(settings):  # no, where nobody may look
         return Found(mlserver.name_of(settings), settings)
     return Found(folder.name, folder)
 
@@ -126,7 +133,7 @@ def read_folder(found: Found, override: ModelConfig | None) -> Plan:
         raise Misconfigured(f"{found.place}: no version: a folder named 1 holds the first")
     chosen = modelconfig.chosen_versions(config.version_policy, folders)
     backend = modelconfig.backend_of(config, {path.name for path in folders[chosen[-1]].iterdir()})
-    file = modelconfig.file_of(config, backend)
+    file = inside(modelconfig.file_of(config, backend), "default_model_filename")
     versions = [Version(number, folders[number] / file) for number in chosen]
     for version in versions:
         if not version.file.is_file():
@@ -176,10 +183,18 @@ def numbers_of(found: Found) -> set[int]:
 def labels_of(config: ModelConfig, folder: Path) -> dict[str, list[str]]:
     """Output -> the names of its classes, one a line. Raises `Misconfigured`."""
     return {
-        output.name: lines_of(folder / output.label_filename)
+        output.name: lines_of(folder / inside(output.label_filename, "label_filename"))
         for output in config.output
         if output.label_filename
     }
+
+
+def inside(name: str, field: str) -> str:
+    """A path in the model's folder. Raises `Misconfigured`: a client may say the configuration."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise Misconfigured(f"{field} '{name}' leads out of the model's folder")
+    return name
 
 
 def lines_of(path: Path) -> list[str]:

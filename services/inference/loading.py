@@ -15,6 +15,7 @@ from services.inference import layout, mlserver, modelconfig, models, sequences
 from services.inference.instances import Instances
 from services.inference.isolated import Isolated
 from services.inference.layout import Plan, Version
+from services.inference.modelconfig import Misconfigured
 from services.inference.models import Model, OnnxModel, Unloadable
 from services.inference.tensors import Array, Arrays
 from services.inference.worker import Spec
@@ -34,7 +35,10 @@ def build(plan: Plan, version: Version) -> Built:
     """Raises `Misconfigured`, `Unloadable`."""
     build_one = build_python if plan.backend == modelconfig.PYTHON else build_onnx
     sequences.plan_of(plan.config)  # refused before anything is loaded
-    model, config = build_one(plan, version)
+    try:
+        model, config = build_one(plan, version)
+    except OSError as error:
+        raise Misconfigured(f"{error.filename or version.file}: {error.strerror}") from error
     if not config.backend:
         config.backend = plan.backend
     if not config.platform and plan.backend != modelconfig.PYTHON:
@@ -46,16 +50,26 @@ def build(plan: Plan, version: Version) -> Built:
 
 def build_onnx(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
     model, graph = with_ops(plan, version) if ops_of(plan) else in_process(plan, version)
-    config = modelconfig.completed(plan.config, graph)
-    modelconfig.check(config, plan.name, graph=True)
-    if plan.promised is not None:
-        mlserver.check(plan.promised, graph)
-    model.labels = layout.labels_of(config, plan.folder)
+    try:
+        config = completed(plan, graph)
+        model.labels = layout.labels_of(config, plan.folder)
+    except Misconfigured:
+        model.close()
+        raise
     model.batched = config.max_batch_size > 0
     model.signature = with_hidden(graph_signature(config), graph)
     if isinstance(model, OnnxModel):
         model.outputs = [tensor.name for tensor in model.signature.outputs]
     return reshaped(model, config), config
+
+
+def completed(plan: Plan, graph: Signature) -> ModelConfig:
+    """Raises `Misconfigured`."""
+    config = modelconfig.completed(plan.config, graph)
+    modelconfig.check(config, plan.name, graph=True)
+    if plan.promised is not None:
+        mlserver.check(plan.promised, graph)
+    return config
 
 
 def in_process(plan: Plan, version: Version) -> tuple[Model, Signature]:
@@ -83,7 +97,7 @@ def with_ops(plan: Plan, version: Version) -> tuple[Model, Signature]:
         libraries=ops_of(plan),
         batched=False,
     )
-    model = Isolated(spec, digest_of(version.file))
+    model = Isolated(spec, digest_of(version.file), keeps=plan.keeps)
     return model, model.signature
 
 
@@ -103,7 +117,7 @@ def build_python(plan: Plan, version: Version) -> tuple[Model, ModelConfig]:
     workers: list[Isolated] = []
     try:
         workers.extend(worker_of(config, plan, version, number) for number in range(count))
-    except Unloadable:
+    except (Misconfigured, OSError, Unloadable):
         for worker in workers:
             worker.close()
         raise
@@ -129,6 +143,7 @@ def worker_of(config: ModelConfig, plan: Plan, version: Version, number: int) ->
         signature=modelconfig.signature_of(config),
         decoupled=config.model_transaction_policy.decoupled,
         labels=layout.labels_of(config, plan.folder),
+        keeps=plan.keeps,
     )
 
 

@@ -6,17 +6,20 @@ go. One model that cannot be loaded never stops another, nor the version of it t
 
 import asyncio
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from libs.contracts.protos.model_config_pb2 import ModelConfig, ModelVersionPolicy
 from libs.doors import Invalid, NotFound, Unavailable
 from services.inference import layout, loading, modelconfig
 from services.inference.endpoint import Endpoint, Origin
-from services.inference.endpoints import Endpoints
+from services.inference.endpoints import Endpoints, Key
 from services.inference.layout import Found, Plan, Version
 from services.inference.loading import Built
 from services.inference.modelconfig import Misconfigured
@@ -44,7 +47,8 @@ class Repository:
         self.unloaded: set[str] = set()
         self.stamps: dict[str, object] = {}
         """Of the files that were loaded, or could not be."""
-        self.locks: dict[str, asyncio.Lock] = {}
+        self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Of the models that change just now."""
         self.loaders = ThreadPoolExecutor(LOADS_AT_ONCE_MAX, thread_name_prefix="load")
 
     async def start(self, wanted: Collection[str] = ()) -> None:
@@ -65,7 +69,7 @@ class Repository:
                 raise Misconfigured(f"{self.root} holds no model '{name}'")
             self.stamps[name] = await asyncio.to_thread(layout.stamp_of, found.place)
             await self.load_found(found)
-        except Misconfigured as error:
+        except (Misconfigured, OSError) as error:
             log.error("model '%s' is not served: %s", name, error)
 
     async def load(self, name: str, config: str = "", files: Mapping[str, bytes] = {}) -> None:
@@ -85,7 +89,7 @@ class Repository:
 
     async def find(self, name: str) -> Found:
         """Raises `Misconfigured`."""
-        for one in await asyncio.to_thread(layout.find, self.root):
+        for one in await asyncio.to_thread(found_or_none, self.root):
             if one.name == name:
                 return one
         raise Misconfigured(f"failed to poll from model repository: it holds no '{name}'")
@@ -93,22 +97,39 @@ class Repository:
     async def load_given(
         self, name: str, override: ModelConfig | None, files: Mapping[str, bytes]
     ) -> None:
-        """The files of a request make a folder of their own, as long as they are read."""
+        """The files of a request make a folder of their own, for as long as the model lives: a
+        worker that takes over from one that crashed reads them again."""
         if override is None:
             raise Misconfigured("a `config` is needed where files are given")
-        with tempfile.TemporaryDirectory(prefix="leptonic-model-") as folder:
-            place = Path(folder) / "model"
-            for path, content in files.items():
-                write(place, path.removeprefix(FILE_PREFIX), content)
-            await self.load_found(Found(name, place), override)
+        folder = await asyncio.to_thread(Folder, files)
+        try:
+            await self.load_found(Found(name, folder.place), override, folder)
+        except Misconfigured:
+            if not await self.is_known(name):
+                self.problems.pop(name, None)
+            raise
 
-    async def load_found(self, found: Found, override: ModelConfig | None = None) -> None:
+    async def is_known(self, name: str) -> bool:
+        """Any other name is a client's: of these nothing is remembered."""
+        found = await asyncio.to_thread(found_or_none, self.root)
+        return self.key(name) in self.endpoints.by_key or name in [one.name for one in found]
+
+    def key(self, name: str) -> Key:
+        return (self.endpoints.project, name)
+
+    def lock(self, name: str) -> asyncio.Lock:
+        return self.locks.setdefault(name, asyncio.Lock())
+
+    async def load_found(
+        self, found: Found, override: ModelConfig | None = None, keeps: object = None
+    ) -> None:
         """Raises `Misconfigured` when anything of it could not be loaded."""
-        async with self.locks.setdefault(found.name, asyncio.Lock()):
+        async with self.lock(found.name):
             problems: dict[str, str] = {}
             built: list[Built] = []
             try:
                 plan = await asyncio.to_thread(layout.read, found, override)
+                plan = plan._replace(keeps=keeps)
             except Misconfigured as error:
                 problems[""] = str(error)
             else:
@@ -164,17 +185,18 @@ class Repository:
         Raises `Refused`.
         """
         self.check_explicit()
-        key = (self.endpoints.project, name)
-        if key not in self.endpoints.by_key and name not in self.problems:
+        if self.key(name) not in self.endpoints.by_key and name not in self.problems:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
-        async with self.locks.setdefault(name, asyncio.Lock()):
+        async with self.lock(name):
             await self.drop(name)
+        if not await self.is_known(name):
+            self.unloaded.discard(name)
 
     async def drop(self, name: str) -> None:
         self.problems.pop(name, None)
         self.unloaded.add(name)
-        if (self.endpoints.project, name) in self.endpoints.by_key:
-            await self.endpoints.remove((self.endpoints.project, name))
+        if self.key(name) in self.endpoints.by_key:
+            await self.endpoints.remove(self.key(name))
 
     def check_explicit(self) -> None:
         if self.mode != "explicit":
@@ -184,6 +206,11 @@ class Repository:
 
     async def step_back(self, endpoint: Endpoint, version: str) -> None:
         """A quarantined version's requests go to the newest one before it that can be loaded."""
+        async with self.lock(endpoint.name):
+            if self.endpoints.by_key.get(self.key(endpoint.name)) is endpoint:
+                await self.give_way(endpoint, version)
+
+    async def give_way(self, endpoint: Endpoint, version: str) -> None:
         found = {one.name: one for one in await asyncio.to_thread(found_or_none, self.root)}
         older = [v for v in endpoint.served if int(v) < int(version)]
         if not older and endpoint.name in found:
@@ -194,34 +221,31 @@ class Repository:
             endpoint.direct({newest: 100})
 
     async def load_before(self, found: Found, number: int) -> list[str]:
-        override = ModelConfig()
-        if found.place.is_dir():
-            override = await asyncio.to_thread(layout.written, found.place / layout.CONFIG_FILE)
-        for older in sorted(layout.numbers_of(found), reverse=True):
+        for older in sorted(await asyncio.to_thread(layout.numbers_of, found), reverse=True):
             if older >= number:
                 continue
-            override.version_policy.specific.CopyFrom(ModelVersionPolicy.Specific(versions=[older]))
             try:
-                plan = await asyncio.to_thread(layout.read, found, override)
+                plan = await asyncio.to_thread(plan_of, found, older)
                 await self.put(found.name, await self.built(plan, plan.versions[0]))
-            except (Misconfigured, Unloadable) as error:
+            except (Misconfigured, OSError, Unloadable) as error:
                 log.error("model '%s' version %d is not served: %s", found.name, older, error)
             else:
                 return [str(older)]
         return []
 
-    def index(self, ready_only: bool) -> list[Row]:
+    async def index(self, ready_only: bool) -> list[Row]:
         """Every model of the folder: what serves, what could not be loaded, what was not asked."""
-        rows = self.endpoints.index(ready_only)
         if ready_only:
-            return rows
+            return self.endpoints.index(ready_only)
+        found = await asyncio.to_thread(found_or_none, self.root)
+        rows = self.endpoints.index(ready_only)
         rows += [
             (name, version, "UNAVAILABLE", why)
             for name, problems in self.problems.items()
             for version, why in problems.items()
         ]
         named = {row[0] for row in rows}
-        left = [one.name for one in found_or_none(self.root) if one.name not in named]
+        left = [one.name for one in found if one.name not in named]
         rows += [
             (name, "", "UNAVAILABLE" if name in self.unloaded else "", self.why_not(name))
             for name in left
@@ -239,22 +263,63 @@ class Repository:
 
     async def look(self) -> None:
         """Loads what is new or changed, unloads what is gone."""
-        found = {one.name: one for one in await asyncio.to_thread(found_or_none, self.root)}
+        seen = await asyncio.to_thread(seen_in, self.root)
+        if seen is None:
+            return
+        found = {one.name: one for one in seen}
         for name in [name for name in self.stamps if name not in found]:
             self.stamps.pop(name)
-            await self.drop(name)
+            async with self.lock(name):
+                await self.drop(name)
             self.unloaded.discard(name)
         for name, one in found.items():
-            if await asyncio.to_thread(layout.stamp_of, one.place) != self.stamps.get(name):
+            if await self.is_changed(one):
                 await self.try_to_load(name, one)
+
+    async def is_changed(self, found: Found) -> bool:
+        try:
+            stamp = await asyncio.to_thread(layout.stamp_of, found.place)
+        except OSError as error:  # as it is replaced; or for good, then it is told each time
+            log.warning("model '%s' cannot be looked at: %s", found.name, error)
+            return False
+        return stamp != self.stamps.get(found.name)
 
 
 def found_or_none(root: Path) -> list[Found]:
-    """An empty folder may be filled later."""
+    return seen_in(root) or []
+
+
+def seen_in(root: Path) -> list[Found] | None:
+    """None while there is nothing at all, or it cannot be read: what is replaced, or mounted anew,
+    is not there for a moment. An empty folder may be filled later."""
     try:
         return layout.find(root)
+    except (layout.Absent, OSError) as error:
+        log.warning("the model repository is not there: %s", error)
+        return None
     except Misconfigured:
         return []
+
+
+def plan_of(found: Found, number: int) -> Plan:
+    """Of this version alone. Raises `Misconfigured`, `OSError`."""
+    config = ModelConfig()
+    if found.place.is_dir():
+        config = layout.written(found.place / layout.CONFIG_FILE)
+    config.version_policy.specific.CopyFrom(ModelVersionPolicy.Specific(versions=[number]))
+    return layout.read(found, config)
+
+
+class Folder:
+    """Of files that a client sent. It goes when nobody holds it any more."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        """Raises `Misconfigured`."""
+        root = tempfile.mkdtemp(prefix="leptonic-model-")
+        self.gone = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        self.place = Path(root) / "model"
+        for path, content in files.items():
+            write(self.place, path.removeprefix(FILE_PREFIX), content)
 
 
 def write(place: Path, path: str, content: bytes) -> None:
@@ -267,5 +332,8 @@ def write(place: Path, path: str, content: bytes) -> None:
     if not fits:
         raise Misconfigured(f"Invalid file path '{FILE_PREFIX}{path}': <version>/<file> is one")
     target = place.joinpath(*parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(content)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    except OSError as error:
+        raise Misconfigured(f"'{FILE_PREFIX}{path}' cannot be kept: {error.strerror}") from error

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -90,7 +90,7 @@ async def serve(options: argparse.Namespace) -> None:
         async with serving(options) as (drain, repository, places):
             over = asyncio.create_task(drain.until_over())
             await asyncio.sleep(0)  # from here on it hears signals
-            tell(repository, places)
+            await tell(repository, places)
             await over
 
 
@@ -112,7 +112,7 @@ async def serving(
         stack.callback(REGISTRY.unregister, statistics)
         await repository.start(options.load_model)
         if options.model_control_mode == "none" and not endpoints.versions("", ""):
-            raise Misconfigured("nothing can be served: " + "; ".join(unserved(repository)))
+            raise Misconfigured("nothing can be served: " + "; ".join(await unserved(repository)))
         if options.model_control_mode == "poll":
             await stack.enter_async_context(background(repository.poll(options.poll_s)))
         drain = Drain(always)
@@ -145,13 +145,13 @@ async def doors(
         yield Places(*(f"{address}:{port}" for port in (http_port, grpc_port, metrics_port)))
 
 
-def tell(repository: Repository, places: Places) -> None:
+async def tell(repository: Repository, places: Places) -> None:
     """What is served where, and a line to try it with."""
     versions = repository.endpoints.versions("", "")
     for served in versions:
         inputs, outputs = listed(served.signature.inputs), listed(served.signature.outputs)
         say(f"{served.title}, {served.model.platform}: {inputs} -> {outputs}")
-    for line in unserved(repository):
+    for line in await unserved(repository):
         say(line)
     say(f"HTTP http://{places.http}, gRPC {places.grpc}, metrics http://{places.metrics}/metrics")
     for served in versions:
@@ -162,10 +162,12 @@ def tell(repository: Repository, places: Places) -> None:
     say(f"grpcurl -plaintext {places.grpc} inference.GRPCInferenceService/ServerMetadata")
 
 
-def unserved(repository: Repository) -> Iterator[str]:
-    for name, version, _, reason in repository.index(ready_only=False):
-        if reason:
-            yield f"model '{name}' {version and f'version {version} '}is not served: {reason}"
+async def unserved(repository: Repository) -> list[str]:
+    return [
+        f"model '{name}' {version and f'version {version} '}is not served: {reason}"
+        for name, version, _, reason in await repository.index(ready_only=False)
+        if reason
+    ]
 
 
 def say(line: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.inference import isolated
+from services.inference import isolated, process
 from services.inference.models import Crashed, RunFailed, Unloadable
 from services.inference.tests import workers
 from services.inference.tests.test_models import graph
@@ -145,7 +145,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
 ) -> None:
     model = made(CALM)
     with monkeypatch.context() as nowhere:
-        nowhere.setattr(isolated, "PYTHON", "/nowhere/python")
+        nowhere.setattr(process, "PYTHON", "/nowhere/python")
         os.kill(pid_of(model), signal.SIGKILL)
         await eventually(lambda: model.falls > 1)
     await eventually(model.up.is_set)
@@ -155,7 +155,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
 def test_a_model_whose_worker_cannot_be_started_is_not_loaded(
     made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolated, "PYTHON", "/nowhere/python")
+    monkeypatch.setattr(process, "PYTHON", "/nowhere/python")
     with pytest.raises(Unloadable, match=r"cannot be started: .*/nowhere/python"):
         made(CALM)
 
@@ -226,7 +226,7 @@ async def test_a_worker_ends_with_the_service_even_when_that_is_killed(tmp_path:
         "-c",
         PARENT,
         str(path),
-        cwd=isolated.ROOT,
+        cwd=process.ROOT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

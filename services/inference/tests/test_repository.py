@@ -71,12 +71,13 @@ async def factor_of(endpoints: Endpoints, model: str, version: str = "") -> floa
     return float(array[0, 0])
 
 
-def states(repository: Repository) -> dict[tuple[str, str], str]:
-    return {(name, version): state for name, version, state, _ in repository.index(False)}
+async def states(repository: Repository) -> dict[tuple[str, str], str]:
+    return {(name, version): state for name, version, state, _ in await repository.index(False)}
 
 
-def reason(repository: Repository, name: str) -> str:
-    return next(why for model, _, _, why in repository.index(False) if model == name)
+async def reason(repository: Repository, name: str) -> str:
+    rows = await repository.index(False)
+    return next(why for model, _, _, why in rows if model == name)
 
 
 async def test_one_bad_model_never_stops_the_others(tmp_path: Path, endpoints: Endpoints) -> None:
@@ -86,16 +87,16 @@ async def test_one_bad_model_never_stops_the_others(tmp_path: Path, endpoints: E
     (tmp_path / "broken" / "1" / "model.onnx").write_bytes(b"no graph")
     repository = await started(tmp_path, endpoints)
     assert await factor_of(endpoints, "good") == 3
-    assert states(repository) == {
+    assert await states(repository) == {
         ("good", "1"): "READY",
         ("typo", ""): "UNAVAILABLE",
         ("broken", "1"): "UNAVAILABLE",
     }
-    assert 'config.pbtxt, line 1: Message type "inference.ModelConfig"' in reason(
+    assert 'config.pbtxt, line 1: Message type "inference.ModelConfig"' in await reason(
         repository, "typo"
     )
-    assert "failed to load 'broken'" in reason(repository, "broken")
-    assert [row[0] for row in repository.index(True)] == ["good"]
+    assert "failed to load 'broken'" in await reason(repository, "broken")
+    assert [row[0] for row in await repository.index(True)] == ["good"]
 
 
 async def test_the_newest_version_answers_and_older_ones_by_number(
@@ -114,12 +115,12 @@ async def test_models_are_loaded_and_unloaded_on_demand(
     put(tmp_path, "a", factor=2)
     put(tmp_path, "b")
     repository = await started(tmp_path, endpoints, "explicit", "b")
-    assert states(repository) == {("a", ""): "", ("b", "1"): "READY"}
+    assert await states(repository) == {("a", ""): "", ("b", "1"): "READY"}
     await repository.load("a")
     assert await factor_of(endpoints, "a") == 2
     await repository.unload("a")
     assert not endpoints.is_ready("a", "")
-    assert reason(repository, "a") == "unloaded"
+    assert await reason(repository, "a") == "unloaded"
     with pytest.raises(NotFound, match="Request for unknown model: 'a'"):
         await ask(endpoints, "a")
     with pytest.raises(NotFound, match="Request for unknown model: 'z'"):
@@ -186,7 +187,7 @@ async def test_changed_files_are_loaded_again(tmp_path: Path, endpoints: Endpoin
     await repository.look()
     assert await factor_of(endpoints, "m") == 2
     assert await factor_of(endpoints, "new") == 5
-    assert states(repository) == {("m", "2"): "READY", ("new", "1"): "READY"}
+    assert await states(repository) == {("m", "2"): "READY", ("new", "1"): "READY"}
 
 
 async def test_what_serves_goes_on_when_its_successor_is_broken(
@@ -198,11 +199,11 @@ async def test_what_serves_goes_on_when_its_successor_is_broken(
     (tmp_path / "m" / "2" / "model.onnx").write_bytes(b"half a fi")
     await repository.look()
     assert await factor_of(endpoints, "m") == 4
-    assert states(repository) == {("m", "1"): "READY", ("m", "2"): "UNAVAILABLE"}
+    assert await states(repository) == {("m", "1"): "READY", ("m", "2"): "UNAVAILABLE"}
     (tmp_path / "m" / "2" / "model.onnx").write_bytes(graph(2))
     await repository.look()
     assert await factor_of(endpoints, "m") == 2
-    assert states(repository) == {("m", "2"): "READY"}
+    assert await states(repository) == {("m", "2"): "READY"}
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["next version", "same version"])
@@ -250,7 +251,7 @@ async def test_a_quarantined_version_gives_way_to_the_one_before(
         endpoints.crashed(endpoints.find("m"), served, "segmentation fault")
     await asyncio.gather(*endpoints.replacing)
     assert await factor_of(endpoints, "m") == 1
-    assert states(repository) == {("m", "1"): "READY", ("m", "3"): "UNAVAILABLE"}
+    assert await states(repository) == {("m", "1"): "READY", ("m", "3"): "UNAVAILABLE"}
 
 
 async def test_a_tensor_has_the_shape_its_clients_see(tmp_path: Path, endpoints: Endpoints) -> None:
@@ -288,7 +289,7 @@ async def test_a_decoupled_python_model_answers_as_often_as_it_likes(
         'output { name: "y" data_type: TYPE_INT32 dims: [1] }'
     )
     repository = await started(tmp_path, endpoints)
-    assert states(repository) == {("m", "1"): "READY"}
+    assert await states(repository) == {("m", "1"): "READY"}
     given = [Given("x", "INT32", [3], values=[5, 6, 7])]
     call = Call("m", "", "", given, [], 0, "")
     answers = [one.outputs[0][1].tolist() async for one in endpoints.stream(call)]
