@@ -77,6 +77,7 @@ class Agent:
         """Models this node served before it was started; unknown until Postgres said it."""
         self.unwanted: dict[Key, float] = {}
         """Served, but placed here no more; since when, on the monotonic clock."""
+        self.counting: set[asyncio.Task[None]] = set()
         self.changed = asyncio.Event()
         self.lacking = asyncio.Event()
         self.lacking.set()
@@ -141,6 +142,7 @@ class Agent:
                     tries = 0
             except TRANSIENT as error:
                 log.warning("deployments: %s; again in %s s", error, backoff_s(tries))
+                await self.step_back()
             with contextlib.suppress(TimeoutError):
                 again_s = backoff_s(tries) if tries else REFRESH_S
                 await asyncio.wait_for(self.changed.wait(), again_s)
@@ -160,13 +162,28 @@ class Agent:
         complete = [await self.converge(key) for key in sorted(self.wanted)]
         return all(complete)
 
+    async def step_back(self) -> None:
+        """Without Postgres: who has no version left gets the one that served before, as far as
+        this process remembers."""
+        for endpoint in list(self.endpoints.by_key.values()):
+            deployment = endpoint.deployment
+            if deployment is None or not endpoint.quarantined or any(endpoint.route.values()):
+                continue
+            targets = domain.replaced(deployment.targets, endpoint.quarantined, endpoint.before)
+            for target in domain.plan(targets, endpoint.loaded, {}).load:
+                await self.load(endpoint, deployment, target)
+            endpoint.direct(domain.plan(targets, endpoint.loaded, {}).route)
+
     async def remove_unwanted(self, now_s: float) -> None:
         """What is placed here no more, `LINGER_S` after that was first seen."""
         unwanted = set(self.endpoints.by_key) - self.wanted
         self.unwanted = {key: self.unwanted.get(key, now_s) for key in unwanted}
         for key, since_s in self.unwanted.items():
             if now_s - since_s >= LINGER_S:
+                endpoint = self.endpoints.by_key[key]
+                await self.observe_endpoint(endpoint)  # while it is there Postgres may be away
                 await self.endpoints.remove(key)
+                await self.observe_endpoint(endpoint)
 
     async def converge(self, key: Key) -> bool:
         endpoint = self.endpoints.at(key)
@@ -192,8 +209,8 @@ class Agent:
 
     async def roll_out(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> bool:
         """Loads first, routes then, unloads last: no request is refused on the way."""
-        targets = await self.targets(endpoint, deployment)
         endpoint.routed, endpoint.stale = 0, False  # a version may be quarantined at any await
+        targets = await self.targets(endpoint, deployment)
         todo = domain.plan(targets, endpoint.loaded, endpoint.route)
         for target in todo.load:
             await self.load(endpoint, deployment, target)
@@ -224,14 +241,15 @@ class Agent:
 
     async def quarantine(self, endpoint: Endpoint, version: str) -> None:
         """The version crashed too often: another one is loaded, and that is remembered."""
-        assert endpoint.deployment is not None
+        deployment, reason = endpoint.deployment, endpoint.quarantined.get(version)
+        if deployment is None or reason is None:
+            return  # the version was deployed anew in the same moment
         endpoint.stale = True
         self.wake()
-        reason = endpoint.quarantined[version]
         for tries in itertools.count(1):
             try:
                 async with self.db.transaction() as tx:
-                    await store.quarantine(tx, endpoint.deployment, int(version), reason)
+                    await store.quarantine(tx, deployment, int(version), reason)
             except TRANSIENT as error:
                 log.warning("quarantine: %s; again in %s s", error, backoff_s(tries))
                 await asyncio.sleep(backoff_s(tries))
@@ -256,6 +274,7 @@ class Agent:
     async def announce(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> None:
         async with self.db.transaction() as tx:
             await store.remember(tx, deployment)
+            before = await store.served_before(tx, deployment.project, deployment.model)
             await tx.emit(
                 DeploymentReady(
                     project=deployment.project,
@@ -264,7 +283,7 @@ class Agent:
                     replica=self.node.name,
                 )
             )
-        endpoint.announced = deployment.generation
+        endpoint.announced, endpoint.before = deployment.generation, before
         log.info("%s serves generation %s", deployment.model, deployment.generation)
 
     async def catch_up(self) -> None:
@@ -301,10 +320,22 @@ class Agent:
     async def observe_once(self) -> None:
         """Counts go to Postgres and, when they changed, out as an event; both or neither."""
         for endpoint in list(self.endpoints.by_key.values()):
-            if endpoint.deployment is not None:
-                await self.observe_endpoint(endpoint, endpoint.deployment)
+            await self.observe_endpoint(endpoint)
 
-    async def observe_endpoint(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> None:
+    async def observe_endpoint(self, endpoint: Endpoint) -> None:
+        """To its end, also when it is cancelled: what is committed and not settled would be
+        counted twice."""
+        task = asyncio.create_task(self.count(endpoint))
+        self.counting.add(task)
+        task.add_done_callback(self.counting.discard)
+        await asyncio.shield(task)
+
+    async def count(self, endpoint: Endpoint) -> None:
+        async with endpoint.turn:
+            if endpoint.deployment is not None:
+                await self.count_for(endpoint, endpoint.deployment)
+
+    async def count_for(self, endpoint: Endpoint, deployment: DeploymentUpdated) -> None:
         project, model, replica = endpoint.project, endpoint.model, self.node.name
         endpoint.tally()
         counts = {place: list(pair) for place, pair in endpoint.counts.items()}

@@ -1,5 +1,6 @@
 """A model as it is served here: its versions, and who gets which share of the requests."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import msgspec
 from opentelemetry.trace import SpanContext
 
 from libs import telemetry
-from libs.contracts.events import DeploymentUpdated, Observation
+from libs.contracts.events import DeploymentUpdated, Observation, Target
 from libs.contracts.pipeline import Batching
 from libs.doors import Invalid, NotFound, Unavailable
 from services.inference import domain, router
@@ -53,6 +54,10 @@ class Endpoint:
         self.counts: dict[tuple[int, int], list[int]] = {}
         """(generation, number) -> [requests, errors] not yet in Postgres."""
         self.observed: list[Observation] = []
+        self.before: list[Target] = []
+        """What served before, newest first, as Postgres knew it at the last announcement."""
+        self.turn = asyncio.Lock()
+        """Counts go to Postgres one after the other."""
 
     @property
     def loaded(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -110,6 +111,35 @@ async def until_quarantined(apart: Replica, platform: Platform, objects: ObjectS
         ("1", "READY"),
         ("2", "UNAVAILABLE"),
     ]
+
+
+class Away:
+    """Postgres, when it is not there."""
+
+    def transaction(self) -> Any:
+        raise OSError("Postgres is away")
+
+
+async def test_the_version_before_serves_without_postgres_too(
+    settings: Settings, bus: JetStreamBus, platform: Platform, objects: ObjectStore
+) -> None:
+    """And after a restart: what served before is known from its last announcement."""
+    async with started(settings, bus) as replica:
+        await platform.place()
+        for version, offset in ((1, 0), (2, OFFSET)):
+            target = await register(objects, version, 100, stage.digits(offset))
+            await platform.deploy(version, target)
+            await replica.until_announced(version)
+    async with started(settings, bus) as replica:
+        await replica.until_announced(2)
+        endpoint = replica.agent.endpoints.find("digits")
+        there, replica.agent.db = replica.agent.db, Away()  # type: ignore[assignment]
+        for _ in range(CRASHES):
+            replica.agent.endpoints.crashed(endpoint, endpoint.served["2"], "segmentation fault")
+        assert await eventually(lambda: answer_of(replica)) == 1
+        replica.agent.db = there
+        await eventually(lambda: "2" not in endpoint.served, timeout_s=30)
+        assert await answer_of(replica) == 1
 
 
 async def test_deployed_anew_it_is_tried_again(

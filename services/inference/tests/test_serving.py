@@ -1,8 +1,10 @@
 """Versions come and go and no request is refused; what does not verify is never served."""
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -17,9 +19,10 @@ from libs.contracts.events import (
     DeploymentUpdated,
 )
 from libs.contracts.protos import registry_pb2, registry_pb2_grpc
+from libs.database import Database, Transaction
 from libs.doors.serve import grpc_door
 from libs.objectstore import ObjectStore, key_of
-from services.inference import agent
+from services.inference import agent, store
 from services.inference.app import Settings
 from services.inference.tests import stage
 from services.inference.tests.conftest import ROW, Replica, labels, request, started
@@ -180,6 +183,70 @@ async def test_a_stopped_attempt_is_unloaded_and_an_older_placement_starts_nothi
     await eventually(lambda: replica.agent.assignments)
     assert [one.token for one in replica.agent.assignments] == [3]
     await eventually(lambda: replica.agent.endpoints.is_routed(("default", "digits")))
+
+
+class Held:
+    """Postgres, whose word that it has committed is on its way until `heard`."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.heard = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        async with self.db.transaction() as tx:
+            yield tx
+        await self.heard.wait()
+
+
+async def requests_in(db: Database, deployment: DeploymentUpdated) -> int:
+    async with db.transaction() as tx:
+        found = await store.tallies(tx, deployment)
+    return sum(one.requests for one in found.values())
+
+
+async def test_a_count_that_is_cancelled_is_in_postgres_once(
+    replica: Replica, platform: Platform, objects: ObjectStore
+) -> None:
+    await deployed(replica, platform, objects)
+    one, endpoint = replica.agent, replica.agent.endpoints.find("digits")
+    db, deployment = one.db, endpoint.deployment
+    assert deployment is not None
+    async with endpoint.turn:
+        await replica.infer(ROW)
+        held = Held(db)
+        counting = asyncio.create_task(one.observe_endpoint(endpoint))
+        one.db = held  # type: ignore[assignment]
+
+    async def committed() -> bool:
+        return await requests_in(db, deployment) == 1
+
+    await eventually(committed)
+    counting.cancel()
+    await asyncio.wait([counting])
+    one.db = db
+    held.heard.set()
+    await one.observe_once()
+    assert await requests_in(db, deployment) == 1
+
+
+async def test_what_a_model_answered_until_it_was_removed_is_in_postgres(
+    replica: Replica, platform: Platform, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "LINGER_S", 0.1)
+    monkeypatch.setattr(agent, "OBSERVE_S", 3600)
+    await deployed(replica, platform, objects)
+    endpoint = replica.agent.endpoints.find("digits")
+    assert endpoint.deployment is not None
+    await asyncio.gather(*[replica.infer(ROW) for _ in range(20)])
+    await platform.stop(token=2)
+    await eventually(lambda: not replica.agent.endpoints.by_key)
+    db, deployment = replica.agent.db, endpoint.deployment
+
+    async def counted() -> bool:
+        return await requests_in(db, deployment) == 20
+
+    await eventually(counted)
 
 
 async def test_it_announces_itself_every_second(replica: Replica, bus: JetStreamBus) -> None:
