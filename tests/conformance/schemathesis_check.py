@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+TOOL = Path(sys.executable).with_name("schemathesis")
 EXAMPLES = 40
 MADE_UP = """
 [[operations]]
@@ -51,8 +52,7 @@ def checked(url: str, config: str, *options: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "schemathesis.toml"
         path.write_text(config)
-        tool = Path(sys.executable).with_name("schemathesis")
-        line = [str(tool), "--config-file", str(path), "run"]
+        line = [str(TOOL), "--config-file", str(path), "run"]
         line += [f"{url}/openapi.json", "--checks", "all", "--continue-on-failure"]
         line += ["--max-examples", str(EXAMPLES), "--request-timeout", "30", *options]
         done = subprocess.run(line, capture_output=True, text=True, cwd=folder)
