@@ -29,7 +29,7 @@ class Shelf:
     async def unload(self, name: str) -> None:
         self.told.append(name)
 
-    def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
+    async def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
         rows = [("double", "1", "READY", ""), ("other", "", "UNAVAILABLE", "no graph")]
         return rows[:1] if ready_only else rows
 
