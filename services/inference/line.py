@@ -4,7 +4,8 @@ The order is (priority, arrival). The head of it is in every batch, so nobody st
 shapes; those of its kind follow until the next would be too many. A batch waits for more only while
 `max_queue_delay_microseconds` of its head are left and more could help: not once it holds
 `max_batch_size` rows, the next one of its kind does not fit, or a preferred size is reached (it is
-then cut to the largest one).
+then cut to the largest one). Where batches are worth no wait (neither a delay nor preferred sizes),
+all that waits is shared among the runners that have nothing to do.
 
 Whoever has expired is told so by the next `take`, in the order of expiry, then of arrival, before
 anything else is decided; a request that expires now has expired. The client's own deadline says
@@ -113,12 +114,13 @@ class Line:
         if item is not None:
             self.remove(item)
 
-    def take(self, now_ns: int) -> Turn:
+    def take(self, now_ns: int, runners: int = 1) -> Turn:
+        """`runners`: those who have nothing to do, the one that asks among them."""
         late = self.expire(now_ns)
         wait_ns = self.wait_ns(now_ns)
         if wait_ns or not self.items:
             return Turn([], late, wait_ns)
-        batch = self.cut(self.gather())
+        batch = self.shared(self.cut(self.gather()), runners)
         for item in batch:
             self.remove(item)
         return Turn([item.key for item in batch], late, 0)
@@ -158,6 +160,15 @@ class Line:
         sums = list(accumulate(item.rows for item in batch))
         reached = [size for size in self.limits.preferred_batch_size if size <= sums[-1]]
         return batch[: max(1, bisect_right(sums, max(reached)))] if reached else batch
+
+    def shared(self, batch: list[Item], runners: int) -> list[Item]:
+        """All that waits, among those who have nothing to do; unless batches are worth a wait."""
+        if runners < 2 or len(batch) < len(self.items) or self.delay_ns:
+            return batch
+        if self.limits.preferred_batch_size:
+            return batch
+        sums = list(accumulate(item.rows for item in batch))
+        return batch[: max(1, bisect_right(sums, -(-sums[-1] // runners)))]
 
     def expire(self, now_ns: int) -> list[tuple[int, bool]]:
         late = []

@@ -278,7 +278,7 @@ class PythonBatcher:
         while True:
             with self.lock:
                 now_ns = time.monotonic_ns()
-                turn = self.line.take(now_ns)
+                turn = self.line.take(now_ns, self.idle + 1)
                 late = [(self.requests.pop(key), by_client) for key, by_client in turn.late]
                 batch = [self.requests.pop(key) for key in turn.batch]
                 if not batch and not late:

@@ -28,7 +28,7 @@ class AnyLine(Protocol):
         priority: int = 0,
     ) -> bool: ...
     def leave(self, key: int) -> None: ...
-    def take(self, now_ns: int) -> Turn: ...
+    def take(self, now_ns: int, runners: int = 1) -> Turn: ...
 
 
 class Join(NamedTuple):
@@ -46,7 +46,8 @@ class Leave(NamedTuple):
 
 
 class Take(NamedTuple):
-    pass
+    runners: int = 1
+    """Who have nothing to do."""
 
 
 class Pass(NamedTuple):
@@ -90,7 +91,7 @@ steps: st.SearchStrategy[list[Step]] = st.lists(
         joins,
         joins,
         joins,
-        st.builds(Take),
+        st.builds(Take, runners=st.integers(1, 4)),
         st.builds(Pass, us=st.integers(1, 12)),
         st.builds(Leave, which=st.integers(0, 30)),
         st.builds(Configure, limits=limits()),
@@ -116,8 +117,8 @@ class NativeLine:
     def configure(self, given: Batching) -> None:
         self.line.configure(**native_limits(given))
 
-    def take(self, now_ns: int) -> Turn:
-        batch, late, wait_ns = self.line.take(now_ns)
+    def take(self, now_ns: int, runners: int = 1) -> Turn:
+        batch, late, wait_ns = self.line.take(now_ns, runners)
         return Turn(list(batch), [tuple(one) for one in late], wait_ns)
 
 

@@ -62,8 +62,8 @@ class Watched:
                 self.join(step)
             case Leave(which):
                 self.leave(which % (self.joined + 1))
-            case Take():
-                self.take()
+            case Take(runners):
+                self.take(runners)
             case Pass(us):
                 self.now_ns += us * US
             case Configure(given):
@@ -106,11 +106,11 @@ class Watched:
             self.there.remove(one)
             self.over.append(key)
 
-    def take(self) -> Turn:
-        turn = self.line.take(self.now_ns)
+    def take(self, runners: int = 1) -> Turn:
+        turn = self.line.take(self.now_ns, runners)
         self.check_late(turn)
         if turn.batch:
-            self.check_batch(turn)
+            self.check_batch(turn, runners)
         else:
             self.check_wait(turn)
         self.there = [one for one in self.there if one.key not in turn.batch]
@@ -139,7 +139,7 @@ class Watched:
         order = sorted(self.there, key=lambda one: one.level)
         return [one for one in order if one.kind == order[0].kind]
 
-    def check_batch(self, turn: Turn) -> None:
+    def check_batch(self, turn: Turn, runners: int) -> None:
         """The head is in it, nobody of its kind is passed over, and it is as large as may be."""
         assert turn.wait_ns == 0
         equals = self.equals()
@@ -153,7 +153,16 @@ class Watched:
             assert count == 1 or sum(rows[:count]) <= max(preferred)
             assert count == most or sum(rows[: count + 1]) > max(preferred)
         else:
-            assert count == most
+            share = self.share(sum(rows[:most]), runners) if most == len(self.there) else size
+            assert count == 1 or sum(rows[:count]) <= share
+            assert count == most or sum(rows[: count + 1]) > share
+
+    def share(self, rows: int, runners: int) -> int:
+        """Of each runner that has nothing to do, where a batch waits for nothing better."""
+        limits = self.limits
+        if limits.preferred_batch_size or limits.max_queue_delay_microseconds:
+            return max(rows, 1)
+        return -(-rows // runners)
 
     def check_wait(self, turn: Turn) -> None:
         """It waits only for what could make the batch better, and not past anybody's time."""
@@ -207,8 +216,8 @@ def test_both_lines_decide_the_same_at_every_step(given_limits: Batching, walk: 
             case Leave(which):
                 for line in lines:
                     line.leave(which)
-            case Take():
-                turns = [line.take(now_ns) for line in lines]
+            case Take(runners):
+                turns = [line.take(now_ns, runners) for line in lines]
                 assert turns[0] == turns[1]
             case Pass(us):
                 now_ns += us * US
@@ -239,6 +248,31 @@ def test_nobody_is_in_an_empty_line(make: Make) -> None:
 def test_without_a_delay_whoever_is_there_is_served_at_once(make: Make) -> None:
     line = joined(make, Batching(), Join(1), Join(2))
     assert line.take(1) == Turn([1, 2], [], 0)
+
+
+@both
+def test_runners_that_have_nothing_to_do_share_what_waits(make: Make) -> None:
+    """And no request is torn."""
+    line = joined(make, Batching(), *[Join(1)] * 7)
+    assert [line.take(9, left).batch for left in (3, 2, 1)] == [[1, 2, 3], [4, 5], [6, 7]]
+    line = joined(make, Batching(), Join(5), Join(1))
+    assert [line.take(9, 2).batch for _ in range(2)] == [[1], [2]]
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "first"),
+    [
+        (Batching(max_queue_delay_microseconds=1, max_batch_size=4), [1, 2, 3, 4]),
+        (Batching(preferred_batch_size=(4,)), [1, 2, 3, 4]),
+        (Batching(max_batch_size=3), [1, 2, 3]),
+    ],
+    ids=["worth a wait", "preferred", "more than a batch waits"],
+)
+def test_what_is_worth_a_wait_or_more_than_a_batch_is_not_shared(
+    make: Make, given: Batching, first: list[int]
+) -> None:
+    assert joined(make, given, *[Join(1)] * 4).take(3, 2).batch == first
 
 
 @both

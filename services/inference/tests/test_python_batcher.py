@@ -237,3 +237,25 @@ def test_shapes_that_never_come_again_are_not_kept() -> None:
         else:
             taken(batcher).answer({"y": np.zeros(1, np.float32)})
     assert [batcher.requests, batcher.line.kinds, batcher.line.rows] == [{}, {}, {}]
+
+
+async def test_runners_that_have_nothing_to_do_share_what_waits() -> None:
+    """Both rest for the batch's delay; then there is none any more."""
+    batcher, front = opened(Batching(max_queue_delay_microseconds=60_000_000))
+    both, sizes = threading.Barrier(2), []
+
+    def serve(_: int) -> None:
+        batch = taken(batcher)
+        sizes.append(batch.rows)
+        both.wait(PATIENCE_S)
+        batch.answer(run(batch.inputs()))
+
+    with threads(2, serve):
+        for mark in range(5):
+            ask(batcher, mark)
+        await eventually(lambda: batcher.idle == 2)
+        batcher.configure(Batching(), QUIET)
+    assert sorted(sizes) == [2, 3]
+    assert sorted(reply for answers in front.answers for reply, *_ in answers) == [
+        f"reply {mark}" for mark in range(5)
+    ]
