@@ -266,5 +266,5 @@ def test_shared_batches_leave_nothing(made: Make) -> None:
     before, size = held(), resident_bytes()
     for _ in range(40):
         model.run({"x": given})
-    assert held() == before
+    assert all(now <= was for now, was in zip(held(), before, strict=True))
     assert resident_bytes() - size < 3 * given.nbytes

@@ -9,8 +9,10 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
@@ -18,10 +20,11 @@ from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference import frames, tensors
-from services.inference.front import Lane, Sampling
-from services.inference.rpcs import MODEL_INFER
+from services.inference import native as native_front
+from services.inference.front import Batch, Lane, Sampling, ServerCall
+from services.inference.rpcs import MODEL_INFER, TEXT_BYTES_MAX
 from services.inference.tensors import Arrays
-from services.inference.tests.callers import Caller, configured, native, run, taken
+from services.inference.tests.callers import Caller, asked, configured, native, run, taken
 from services.inference.tests.fronts import (
     ECHO,
     POST,
@@ -29,6 +32,7 @@ from services.inference.tests.fronts import (
     digits,
     place,
     prefixed,
+    refusal,
     request,
     times,
     values,
@@ -38,6 +42,7 @@ from stack.testing import eventually
 ROOT = Path(__file__).resolve().parents[3]
 HEADER = Path("/usr/include/nghttp2/nghttp2.h")
 INTERNAL = 13
+UNAVAILABLE = 14
 PATIENCE_S = 120.0
 CHECKED_ROUNDS = 3000
 DATATYPES = sorted(set(tensors.DTYPES) - {"BYTES"})
@@ -197,9 +202,9 @@ async def test_a_traceparent_of_any_bytes_is_noted() -> None:
 async def test_a_method_of_any_bytes_costs_nobody_elses_call() -> None:
     async with place("native") as here:
         raw = await here.raw()
-        asked = said(1, [(b":path", b"/\xff"), *POST], b"")
-        asked += said(3, [(b":path", ECHO.encode() + b"Unary"), *POST], prefixed(b"well"))
-        await raw.say(raw.hello() + asked)
+        calls = said(1, [(b":path", b"/\xff"), *POST], b"")
+        calls += said(3, [(b":path", ECHO.encode() + b"Unary"), *POST], prefixed(b"well"))
+        await raw.say(raw.hello() + calls)
         assert await raw.answer(3) == prefixed(b"well")
 
 
@@ -225,6 +230,63 @@ async def test_a_stream_that_is_always_ahead_of_its_client_keeps_no_more_than_it
                 got += len(await raw.until(frames.DATA, 1))
         assert resident_bytes() - before < all_bytes / 2
         raw.vanish()
+
+
+async def refused_with(text: str, trailing: Sequence[tuple[str, str]]) -> tuple[object, str]:
+    """What a client hears of it."""
+
+    def answer(call: ServerCall) -> None:
+        call.finish(INTERNAL, text, trailing)
+
+    front = await native_front.open_front("127.0.0.1", 0, False, answer, ())
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+        said = await refusal(channel.unary_unary(ECHO + "Unary")(b"", timeout=20))
+    await front.close(1)
+    return said
+
+
+async def test_a_long_text_is_cut_between_two_characters() -> None:
+    fit = TEXT_BYTES_MAX // len("%C3%BC")
+    assert await refused_with("ü" * 50_000, ()) == (grpc.StatusCode.INTERNAL, "ü" * fit)
+
+
+async def test_an_answer_whose_headers_are_too_large_ends_its_call() -> None:
+    code, text = await refused_with("broken", [("x", "y" * 200_000)])
+    assert code is grpc.StatusCode.INTERNAL
+    assert "broken" not in text
+
+
+def test_who_waits_in_a_batcher_that_nobody_holds_is_told() -> None:
+    caller = Caller(1)
+    batcher = configured(native, Batching())
+    caller.join(batcher)
+    del batcher
+    assert [code for code, _ in caller.told] == [UNAVAILABLE]
+
+
+class Raises:
+    def answered(self, *rest: object) -> None:
+        raise RuntimeError("of a waiter")
+
+    def failed(self, code: int, text: str) -> None:
+        raise RuntimeError("of a waiter")
+
+
+@pytest.mark.parametrize(
+    "ends", [lambda b: b.fail(INTERNAL, "broken"), lambda b: b.answer(run(b.inputs()))]
+)
+def test_a_waiter_that_raises_keeps_nobody_from_hearing(
+    ends: Callable[[Batch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: raised.append(str(found.exc_value)))
+    batcher = configured(native, Batching(max_batch_size=8))
+    assert batcher.join(asked(1), 1, Raises()) > 0
+    caller = Caller(1)
+    caller.join(batcher)
+    ends(taken(batcher))
+    assert len(caller.told) == 1
+    assert raised == ["of a waiter"]
 
 
 def blocked_signals(thread: str) -> int:
@@ -263,6 +325,7 @@ async def test_the_front_knows_where_the_time_went() -> None:
     assert all(us > 0 for us in stages.values()), stages
 
 
+@pytest.mark.resilience  # compiling it three times takes longer than running it
 @pytest.mark.skipif(
     shutil.which("g++") is None or not HEADER.exists(), reason="no compiler or no libnghttp2-dev"
 )
