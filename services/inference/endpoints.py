@@ -66,7 +66,7 @@ class Endpoints:
             endpoint.name,
             version,
             model,
-            modelconfig.instances_of(config) or CORES,
+            runners_of(model, config),
             partial(self.notes.tell, endpoint, version),
             partial(self.crashed, endpoint),
             self.rates_of(endpoint.name),
@@ -206,6 +206,12 @@ class Endpoints:
         await self.on_quarantine(endpoint, served.version)
         if endpoint.served.get(served.version) is served:
             await endpoint.unload(served.version)
+
+
+def runners_of(model: Model, config: ModelConfig) -> int:
+    """One more than run at once would only take requests early, in small batches."""
+    wished = modelconfig.instances_of(config) or CORES
+    return wished if model.parallel is None else min(wished, model.parallel)
 
 
 async def nothing_else(endpoint: Endpoint, version: str) -> None:

@@ -19,6 +19,7 @@ class Instances:
         self.signature = first.signature
         self.batched = first.batched
         self.decoupled = first.decoupled
+        self.parallel: int | None = len(workers)
         self.platform = first.platform
         self.labels = first.labels
         self.idle: SimpleQueue[Isolated] = SimpleQueue()

@@ -178,6 +178,8 @@ def pause_s(falls: int) -> float:
 class Isolated:
     """The model as the batcher knows it."""
 
+    parallel: int | None = 1
+
     def __init__(
         self,
         spec: Spec,

@@ -207,6 +207,7 @@ class Reshaped:
         self.digest = model.digest
         self.batched = model.batched
         self.decoupled = model.decoupled
+        self.parallel = model.parallel
         self.platform = model.platform
         self.labels = model.labels
         self.signature = modelconfig.signature_of(config)

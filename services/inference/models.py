@@ -76,6 +76,8 @@ class Model(Protocol):
     """The first dimension of every tensor is rows."""
     decoupled: bool
     """Asked by `stream`; any other model by `run`."""
+    parallel: int | None
+    """Batches it runs at once; None: as many as it is given."""
     platform: str
     """In Triton's words."""
     labels: dict[str, list[str]]
@@ -95,6 +97,7 @@ class Model(Protocol):
 
 class OnnxModel:
     decoupled = False
+    parallel: int | None = None
     on_crash: Callable[[str], None] | None = None
     platform = "onnxruntime_onnx"
 

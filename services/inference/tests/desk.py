@@ -43,6 +43,7 @@ class Own:
 
     digest = "0" * 64
     platform = "python"
+    parallel: int | None = None
     on_crash: Callable[[str], None] | None = None
 
     def __init__(

@@ -20,6 +20,11 @@ from services.inference.tests.fronts import kinds
 from stack.testing import eventually
 
 KILLER = -2
+CONFIG = """
+max_batch_size: 8
+input { name: "x" data_type: TYPE_FP32 dims: [ 2 ] }
+output { name: "y" data_type: TYPE_FP32 dims: [ 2 ] }
+"""
 
 
 @pytest.fixture(params=kinds())
@@ -111,3 +116,13 @@ async def test_a_quarantine_unloads_what_crashed_and_not_what_was_loaded_since(d
         desk.endpoints.crashed(endpoint, endpoint.served["1"], "segmentation fault")
     await asyncio.gather(*desk.endpoints.replacing)
     await ask(desk)
+
+
+@pytest.mark.parametrize(("parallel", "runners"), [(None, 3), (2, 2), (1, 1), (8, 3)])
+async def test_a_batch_is_taken_when_it_can_run(
+    desk: Desk, parallel: int | None, runners: int
+) -> None:
+    model = double()
+    model.parallel = parallel
+    await desk.serve("double", model, "instance_group { count: 3 } " + CONFIG)
+    assert len(desk.endpoints.served("double", "").threads) == runners
