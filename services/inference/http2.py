@@ -236,8 +236,11 @@ class Connection(Sender):
             stream.gone()
 
     def cancel(self, stream: "Stream", code: int) -> None:
+        """For what the client did: it may make us reset no more streams than it may itself
+        (CVE-2025-8671)."""
         self.out.append(reset(stream.id, code))
         self.let_go(stream)
+        self.bear_reset()
 
     def on_settings(self, flags: int, id: int, payload: bytes) -> None:
         if id:
