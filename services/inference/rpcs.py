@@ -380,12 +380,15 @@ class Rpc(Stream):
 
 def inflated(message: bytes, window_bits: int) -> bytes:
     """Raises `ValueError`."""
+    stream = zlib.decompressobj(window_bits)
     try:
-        found = zlib.decompressobj(window_bits).decompress(message, MESSAGE_BYTES_MAX + 1)
+        found = stream.decompress(message, MESSAGE_BYTES_MAX + 1)
     except zlib.error as error:
         raise ValueError(f"a message of {len(message)} bytes is not compressed: {error}") from error
     if len(found) > MESSAGE_BYTES_MAX:
         raise ValueError(too_large(len(found)))
+    if not stream.eof:
+        raise ValueError(f"a compressed message of {len(message)} bytes is cut short")
     return found
 
 

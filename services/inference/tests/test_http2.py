@@ -1,6 +1,7 @@
 """Frames and header blocks: what is written is read again, and what is remembered is still true."""
 
 import struct
+import zlib
 
 import pytest
 from hpack import Decoder, Encoder
@@ -36,6 +37,16 @@ def test_remembered_blocks_mean_what_they_meant(said: list[tuple[int, int, bool]
         headers = [(b"name-%d" % name, b"value-%d" % value), (b":method", b"POST")]
         block = encoder.encode(headers, huffman=huffman)
         assert (heads.known.get(block) or heads.read(block)) == headers
+
+
+@pytest.mark.parametrize("bits", rpcs.WINDOW_BITS.values())
+def test_a_compressed_message_that_is_cut_short_is_none(bits: int) -> None:
+    packer = zlib.compressobj(wbits=bits)
+    packed = packer.compress(bytes(1000)) + packer.flush()
+    assert rpcs.inflated(packed, bits) == bytes(1000)
+    for size in (len(packed) - 1, len(packed) - 5, 0):
+        with pytest.raises(ValueError, match="is cut short"):
+            rpcs.inflated(packed[:size], bits)
 
 
 def test_a_client_that_repeats_itself_is_remembered() -> None:
