@@ -13,13 +13,16 @@ from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference import router
 from services.inference.front import Lane, Sampling
+from services.inference.rpcs import MODEL_INFER
 from services.inference.tests.fronts import (
     DIGITS,
     PAIR,
     SAID_BY_PYTHON,
+    SILENT,
     kinds,
     pair,
     place,
+    prefixed,
     refusal,
     request,
     times,
@@ -157,6 +160,25 @@ async def test_what_is_not_plain_is_for_python_to_judge(kind: str, what: str) ->
             answer = await refusal(client.ModelInfer(request(**NOT_PLAIN[what])))
             assert answer == (Code.INVALID_ARGUMENT, SAID_BY_PYTHON)
         assert values(await client.ModelInfer(request())) == [1.0] * 4
+
+
+async def test_limits_that_are_lowered_as_a_request_comes_are_pythons_to_tell(kind: str) -> None:
+    """It was read under the old ones, and joins under the new."""
+    if kind != "python":
+        pytest.skip("it is about a round of the Python loop")
+    async with place(kind) as here:
+        (batcher,) = here.serve_digits({"1": 100}).values()
+        raw = await here.raw()
+        await raw.say(
+            raw.hello() + raw.ask(MODEL_INFER, prefixed(request(rows=4).SerializeToString()))
+        )
+        while not here.front.arrivals:  # type: ignore[attr-defined]  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        batcher.configure(Batching(max_batch_size=2), SILENT)
+        headers: dict[str, str] = {}
+        while "grpc-status" not in headers:
+            headers = await raw.headers()
+        assert headers["grpc-status"] == str(Code.INVALID_ARGUMENT.value[0])
 
 
 async def test_plain_parameters_are_taken(kind: str) -> None:
