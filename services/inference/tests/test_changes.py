@@ -1,5 +1,7 @@
 """What a client began and does not wait for comes to its end: nothing is loaded by half."""
 
+import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,12 @@ from services.inference.tests.fronts import kinds
 from stack.testing import eventually
 
 SLOW = """
-import pathlib, time
+import pathlib
 class TritonPythonModel:
     def initialize(self, args):
         here = pathlib.Path({place!r})
         (here / "begun").touch()
-        while not (here / "go on").exists():
-            time.sleep(0.01)
+        (here / "go on").read_text()
     def execute(self, requests):
         return []
 """
@@ -34,13 +35,14 @@ async def test_a_load_goes_on_without_who_asked(kind: str, tmp_path: Path) -> No
     version.mkdir(parents=True)
     (version / "model.py").write_text(SLOW.format(place=str(tmp_path)))
     (version.parent / "config.pbtxt").write_text(CONFIG)
+    os.mkfifo(tmp_path / "go on")
     async with opened(kind=kind) as desk:
         allow_loads(desk, tmp_path / "models")
         call = desk.stub.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="slow"))
         await eventually((tmp_path / "begun").exists, timeout_s=60)
         call.cancel()
         await eventually(lambda: not desk.host.running)
-        (tmp_path / "go on").touch()
+        await asyncio.to_thread((tmp_path / "go on").write_text, "now")
         await eventually(lambda: desk.endpoints.is_ready("slow", "1"), timeout_s=60)
 
 
