@@ -27,6 +27,7 @@ MAY_CATCH_EVERYTHING = {
     "libs/bus/loop.py",  # whatever happened becomes a retry or a dead letter
     "services/inference/rpc.py",  # a servicer's bug becomes a status
     "services/inference/served.py",  # a model's thread goes on
+    "services/inference/streams.py",  # the other requests of a stream are answered
     "services/inference/worker.py",  # whatever a user's code raised becomes the answer
 }
 

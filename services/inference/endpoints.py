@@ -10,13 +10,14 @@ from time import monotonic, monotonic_ns
 from libs import telemetry
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos.model_config_pb2 import ModelConfig
-from libs.doors import NotFound, Refused, Unavailable
+from libs.doors import Internal, NotFound, Refused, Unavailable
 from services.inference import domain, modelconfig, sequences
 from services.inference.calls import Answer, Asked, Call, accepted
 from services.inference.endpoint import Endpoint, Origin, in_order
 from services.inference.front import Front
 from services.inference.models import Model
 from services.inference.notes import Notes
+from services.inference.python_batcher import checked
 from services.inference.quarantine import CRASHES_MAX, Crashes
 from services.inference.served import Rates, Result, Served
 from services.inference.tensors import Arrays
@@ -181,6 +182,7 @@ class Endpoints:
             return
         asked = accepted(call, served)
         async for outputs in served.stream(asked.inputs, call.deadline_ns):
+            check_streamed(served, outputs)
             own = [(one, outputs[one.name]) for one in asked.outputs if one.name in outputs]
             labels = served.model.labels
             yield Answer(call.model, served.version, asked.id, own, labels, call.traceparent)
@@ -216,6 +218,18 @@ def runners_of(model: Model, config: ModelConfig) -> int:
 
 async def nothing_else(endpoint: Endpoint, version: str) -> None:
     """There is no other version to serve."""
+
+
+def check_streamed(served: Served, outputs: Arrays) -> None:
+    """One answer of a decoupled model, which may leave outputs out. Raises `Internal`."""
+    known = {tensor.name: tensor for tensor in served.signature.outputs}
+    for name in outputs:
+        if name not in known:
+            raise Internal(f"{served.title} failed: it has no output '{name}'")
+        try:
+            checked(outputs, known[name], None)
+        except ValueError as error:
+            raise Internal(f"{served.title} failed: {error}") from error
 
 
 async def run(served: Served, asked: Asked, call: Call) -> Result:

@@ -5,10 +5,11 @@ has something. An error is an answer: the stream goes on.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 from libs.contracts.protos import open_inference_pb2 as oip
-from libs.doors import Refused
+from libs.doors import Internal, Refused
 from libs.doors.serve import cancelled
 from services.inference import domain, protocol
 from services.inference.calls import Answer, Call
@@ -16,6 +17,7 @@ from services.inference.endpoints import Endpoints
 from services.inference.protocol import FINAL, Wanted
 from services.inference.sharedmemory import SharedMemory
 
+log = logging.getLogger(__name__)
 PENDING_MAX = 64
 """Of one stream: requests that are not answered, and answers that are not sent."""
 
@@ -85,32 +87,42 @@ class Stream:
             return self.response(answer, wanted, final=True)
         except Refused as error:
             return failed(request, error)
+        except Exception as error:  # the others of the stream are answered
+            return failed(request, unexpected(request, error))
 
     async def answer_freely(self, request: oip.ModelInferRequest) -> None:
         try:
             call, wanted = protocol.call_of(request, self.memory, self.context)
+            call = call._replace(version=self.endpoints.chosen(call).version)
             async for answer in self.endpoints.stream(call):
                 await self.put(self.response(answer, wanted, final=False))
             if wanted.empty_final:
-                await self.put(self.last(call))
+                await self.put(last(call))
         except Refused as error:
             await self.put(failed(request, error))
+        except Exception as error:  # as above
+            await self.put(failed(request, unexpected(request, error)))
 
     def response(self, answer: Answer, wanted: Wanted, final: bool) -> oip.ModelStreamInferResponse:
         response = protocol.response_of(answer, wanted)
         response.parameters[FINAL].bool_param = final
         return oip.ModelStreamInferResponse(infer_response=response)
 
-    def last(self, call: Call) -> oip.ModelStreamInferResponse:
-        """Says that there is nothing more to this request."""
-        version = call.version or self.endpoints.served(call.model, "").version
-        response = oip.ModelInferResponse(model_name=call.model, model_version=version, id=call.id)
-        response.parameters[FINAL].bool_param = True
-        return oip.ModelStreamInferResponse(infer_response=response)
-
     async def put(self, response: oip.ModelStreamInferResponse) -> None:
         await self.unsent.acquire()
         self.out.put_nowait(response)
+
+
+def last(call: Call) -> oip.ModelStreamInferResponse:
+    """Says that there is nothing more to this request."""
+    response = oip.ModelInferResponse(model_name=call.model, model_version=call.version, id=call.id)
+    response.parameters[FINAL].bool_param = True
+    return oip.ModelStreamInferResponse(infer_response=response)
+
+
+def unexpected(request: oip.ModelInferRequest, error: Exception) -> Internal:
+    log.error("a streamed request of model '%s' failed", request.model_name, exc_info=error)
+    return Internal(f"Unexpected {type(error)}: {error}")
 
 
 def failed(request: oip.ModelInferRequest, error: Refused) -> oip.ModelStreamInferResponse:

@@ -132,6 +132,46 @@ async def test_a_decoupled_model_that_fails_says_so(desk: Desk) -> None:
     assert answer.error_message == "model 'counter' version 1 failed: it cannot"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"y": np.array([1], np.int64)}, "output 'y' has int64, its signature int32"),
+        ({"z": np.array([1], np.int32)}, "it has no output 'z'"),
+        (None, "Unexpected <class 'TypeError'>"),
+    ],
+    ids=["another datatype", "another name", "no arrays"],
+)
+async def test_what_a_decoupled_model_gives_is_checked(
+    desk: Desk, given: Arrays | None, said: str
+) -> None:
+    """And whatever goes wrong is this request's answer."""
+    model = counter()
+    model.function = lambda inputs: iter([given or 7])
+    await desk.serve("counter", model)
+    asked = [request("counter", number(1), [1], "INT32"), request("double", row(1, 2), [1, 2])]
+    asked[0].id, asked[1].id = "bad", "good"
+    answers = {one.infer_response.id: one for one in await streamed(desk, *asked)}
+    assert said in answers["bad"].error_message
+    assert is_final(answers["bad"])
+    assert numbers(answers["good"].infer_response) == [2, 4]
+
+
+async def test_the_last_word_names_the_version_that_answered(desk: Desk) -> None:
+    await desk.serve("counter", counter(), version="2")
+    endpoint = desk.endpoints.find("counter")
+    endpoint.direct({"1": 60, "2": 40})
+    said = {"triton_enable_empty_final_response": True}
+    asked = [request("counter", number(1), [1], "INT32", **said) for _ in range(10)]
+    for n, one in enumerate(asked):
+        one.id = str(n)
+    versions: dict[str, set[str]] = {}
+    for answer in await streamed(desk, *asked):
+        named = answer.infer_response
+        versions.setdefault(named.id, set()).add(named.model_version)
+    assert {len(found) for found in versions.values()} == {1}
+    assert set.union(*versions.values()) == {"1", "2"}
+
+
 async def test_streams_are_counted_once_they_are_over(desk: Desk) -> None:
     asked = [request("counter", number(n), [1], "INT32") for n in (3, 0, BROKEN)]
     await streamed(desk, *asked)
