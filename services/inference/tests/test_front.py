@@ -172,7 +172,7 @@ async def test_limits_that_are_lowered_as_a_request_comes_are_pythons_to_tell(ki
         await raw.say(
             raw.hello() + raw.ask(MODEL_INFER, prefixed(request(rows=4).SerializeToString()))
         )
-        while not here.front.arrivals:  # type: ignore[attr-defined]  # noqa: ASYNC110
+        while not here.front.arrivals:  # type: ignore[attr-defined]  # noqa: ASYNC110 - in its round of the loop
             await asyncio.sleep(0)
         batcher.configure(Batching(max_batch_size=2), SILENT)
         headers: dict[str, str] = {}
