@@ -68,7 +68,11 @@ Batcher::Batcher(Lane given, std::shared_ptr<Mailbox> mailbox)
 Batcher::~Batcher() {
   Requests left;
   for (void* request : line_.dissolve()) left.push_back(owned(request));
-  if (!left.empty()) fail(left, kUnavailable, lane.name() + " is being unloaded");
+  if (left.empty()) return;
+  std::string text = lane.name() + " is being unloaded";
+  fail(left, kUnavailable, text);
+  for (auto& request : left)
+    if (request->guest) request->guest->failed(kUnavailable, text);
 }
 
 void Batcher::configure(Limits limits, const Sampling& sampling) {

@@ -46,6 +46,7 @@ struct Lane {
 // A request that came from Python: its arrays and who waits for it.
 struct Guest {
   virtual ~Guest() = default;
+  virtual void failed(int code, const std::string& text) = 0;
 };
 
 struct Request {

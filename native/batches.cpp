@@ -59,11 +59,34 @@ std::string bracketed(const Shape& shape) {
   return "[" + text + "]";
 }
 
+// Where the signature leaves open nothing but the rows.
+size_t bytes_of(const Lane& lane, const Tensor& tensor, int64_t rows) {
+  size_t bytes = tensor.item_bytes * static_cast<size_t>(lane.batched ? rows : 1);
+  for (size_t dim = lane.batched; dim < tensor.shape.size(); ++dim)
+    bytes *= static_cast<size_t>(tensor.shape[dim]);
+  return bytes;
+}
+
+// One waiter that raises keeps nobody else from hearing, and ends no runner.
+template <class... Arguments>
+void tell_waiter(nb::handle waiter, const char* what, Arguments&&... arguments) {
+  try {
+    waiter.attr(what)(std::forward<Arguments>(arguments)...);
+  } catch (nb::python_error& error) {
+    error.discard_as_unraisable(waiter);
+  }
+}
+
 // A request from Python. Its last owner may be a thread that knows nothing of Python.
 struct Caller : Guest {
   nb::object inputs, waiter;
   std::vector<nb::object> arrays;  // contiguous, in the signature's order
   std::vector<std::unique_ptr<Memory>> memory;
+
+  void failed(int code, const std::string& text) override {
+    nb::gil_scoped_acquire gil;
+    tell_waiter(waiter, "failed", code, text);
+  }
 
   ~Caller() override {
     nb::gil_scoped_acquire gil;
@@ -112,6 +135,8 @@ void PyBatcher::hold(Request& request, nb::dict arrays) const {
     caller->arrays.push_back(numpy().ascontiguous(array, inputs.dtypes[i]));
     caller->memory.push_back(std::make_unique<Memory>(caller->arrays.back()));
     request.raws[i] = {caller->memory.back()->data(), caller->memory.back()->size()};
+    if (core->is_fixed && request.raws[i].size() != bytes_of(lane, lane.inputs[i], request.rows))
+      throw nb::value_error(("input '" + lane.inputs[i].name + "' has shape " + bracketed(shapes.back())).c_str());
   }
   if (!core->is_alike) request.kind = kind_of(lane, shapes.data());
   if (!core->is_fixed) request.shapes = std::move(shapes);
@@ -127,8 +152,7 @@ std::shared_ptr<PyBatch> PyBatcher::take() {
       open = core->take(batch, late);
       std::erase_if(late, [](Refused& one) { return !one.request->guest; });
     }
-    for (Refused& one : late)
-      caller_of(*one.request)->waiter.attr("failed")(static_cast<int>(one.code), one.text);
+    for (Refused& one : late) one.request->guest->failed(one.code, one.text);
     if (batch) return std::make_shared<PyBatch>(std::move(batch), shared_from_this());
     if (!open) return nullptr;
   }
@@ -261,9 +285,8 @@ void PyBatch::tell(nb::dict outputs) const {
     if (!core_->requests()[i] || !core_->requests()[i]->guest) continue;
     const Request& request = *core_->requests()[i];
     int64_t start = core_->start(i);
-    caller_of(request)->waiter.attr("answered")(outputs, start, start + request.rows, rows(),
-                                                core_->taken_ns() - request.arrived_ns,
-                                                request.is_noted() ? note(i) : nb::none());
+    tell_waiter(caller_of(request)->waiter, "answered", outputs, start, start + request.rows, rows(),
+                core_->taken_ns() - request.arrived_ns, request.is_noted() ? note(i) : nb::none());
   }
 }
 
@@ -271,7 +294,7 @@ void PyBatch::fail(int code, const std::string& text) {
   must_be_open();
   core_->fail(code, text);
   for (auto& request : core_->requests())
-    if (request->guest) caller_of(*request)->waiter.attr("failed")(code, text);
+    if (request->guest) request->guest->failed(code, text);
 }
 
 std::vector<std::shared_ptr<PyBatch>> PyBatch::split() {
