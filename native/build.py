@@ -74,17 +74,25 @@ def linked(
     return target
 
 
+def folder_for(flags: Sequence[str]) -> Path:
+    """Objects that another Python, nanobind or set of flags made are not taken for these."""
+    makers = "\0".join([sys.version, nanobind.__version__, *flags])
+    return BUILD / hashlib.sha256(makers.encode()).hexdigest()[:12]
+
+
 def core() -> list[Path]:
     return [path for path in sorted(HERE.glob("*.cpp")) if path not in BINDING]
 
 
 def built() -> Path:
     """Nothing is done when nothing has changed."""
-    target, stamp = BUILD / f"{NAME}{SUFFIX}", BUILD / "fingerprint"
+    flags = [*FLAGS, *includes()]
+    target = folder_for(flags) / f"{NAME}{SUFFIX}"
+    stamp = target.with_name("fingerprint")
     now = fingerprint()
     if not (target.exists() and stamp.exists() and stamp.read_text() == now):
         nano = Path(nanobind.source_dir()) / "nb_combined.cpp"
-        linked([nano, *BINDING, *core()], target, [*FLAGS, *includes()], ["-shared", "-s", RPATH])
+        linked([nano, *BINDING, *core()], target, flags, ["-shared", "-s", RPATH])
         stamp.write_text(now)
     return target
 
@@ -92,7 +100,7 @@ def built() -> Path:
 def checked(sanitizers: str, rounds: int, seed: int) -> None:
     """Raises `CalledProcessError` for what the checks or the sanitizers find."""
     flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    target = BUILD / sanitizers.replace(",", "-") / "checks"
+    target = folder_for(flags) / "checks"
     program = linked([*sorted(CHECKS.glob("*.cpp")), *core()], target, flags, flags[3:4])
     subprocess.run([str(program), str(seed), str(rounds)], check=True)
 
