@@ -16,6 +16,7 @@ constexpr std::string_view kHealth = "/grpc.health.v1.Health/";
 constexpr std::string_view kBearer = "Bearer ";
 constexpr uint64_t kTimedOne = 64;
 constexpr size_t kSpareMax = 256;
+constexpr size_t kToldBytesMax = 64 << 20;  // Python has not heard: more calls are not opened
 constexpr size_t kSpareBytesMax = 4 << 10;  // of each buffer
 
 // In time that tells nothing about the token.
@@ -60,6 +61,9 @@ std::shared_ptr<Batcher> Front::batcher(Lane lane) {
 
 void Front::route(const std::string& model, std::vector<std::pair<std::string, int64_t>> shares,
                   std::map<std::string, std::shared_ptr<Batcher>, std::less<>> batchers) {
+  // Before the lock: who was led here before may be the last to hold a batcher whose guests need
+  // the GIL, and who has the GIL may wait for the lock.
+  std::shared_ptr<const Routes> before;
   std::lock_guard held(lock_);
   auto routes = std::make_shared<Routes>(*routes_);
   auto known = routes->find(model);
@@ -70,7 +74,7 @@ void Front::route(const std::string& model, std::vector<std::pair<std::string, i
   route.versions = std::move(batchers);
   if (route.versions.empty()) routes->erase(model);
   else routes->insert_or_assign(model, std::move(route));
-  routes_ = std::move(routes);
+  before = std::exchange(routes_, std::move(routes));
   routes_version_.fetch_add(1, std::memory_order_release);
 }
 
@@ -88,6 +92,7 @@ std::vector<Event> Front::events() {
   eventfd_t ignored;
   eventfd_read(events_event_, &ignored);
   std::lock_guard held(lock_);
+  told_bytes_ = 0;
   return std::exchange(events_, {});
 }
 
@@ -96,6 +101,7 @@ void Front::tell(Event event) {
   {
     std::lock_guard held(lock_);
     first = events_.empty();
+    told_bytes_ += sizeof event + event.bytes.size() + event.headers.size() + event.peer.size();
     events_.push_back(std::move(event));
   }
   if (first) eventfd_write(events_event_, 1);
@@ -105,11 +111,14 @@ void Front::tell(Event event) {
 std::map<std::string, double> Front::stages() {
   std::map<std::string, double> found = {
       {"read", read_.mean_us()}, {"parse", parse_.mean_us()}, {"write", write_.mean_us()}};
-  std::lock_guard held(lock_);
+  std::vector<std::shared_ptr<Batcher>> batchers;  // let go after the lock, as in `route`
+  {
+    std::lock_guard held(lock_);
+    for (auto& weak : batchers_)
+      if (auto one = weak.lock()) batchers.push_back(std::move(one));
+  }
   double requests = 0, queue = 0, input = 0, infer = 0, output = 0;
-  for (auto& weak : batchers_) {
-    auto one = weak.lock();
-    if (!one) continue;
+  for (auto& one : batchers) {
     int64_t waiting = 0;
     Tally tally = one->tally(waiting);
     requests += static_cast<double>(tally.requests);
@@ -221,9 +230,11 @@ void Front::recycle(std::unique_ptr<Request> request) {
   spare_.push_back(std::move(request));
 }
 
-void Front::opened(Session& session, Stream& stream) {
+bool Front::opened(Session& session, Stream& stream) {
+  if (told_bytes_ > kToldBytesMax) return false;
   tell({Event::kOpened, {session.serial, stream.id}, stream.path, stream.headers, session.peer,
         stream.deadline_ns});
+  return true;
 }
 
 void Front::message(Session& session, Stream& stream, std::string bytes, bool compressed) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -49,7 +50,8 @@ struct Stage {
 
 class Front : public Desk {
  public:
-  explicit Front(std::vector<std::string> tokens);
+  // `gathered_max`: bytes of requests of all clients together.
+  Front(std::vector<std::string> tokens, size_t gathered_max);
   ~Front() override;
 
   // The bound port. Raises std::system_error.
@@ -72,7 +74,7 @@ class Front : public Desk {
   bool is_fast(std::string_view path) const override;
   bool is_allowed(const Stream& stream) const override;
   bool infer(Session& session, Stream& stream, std::string& body) override;
-  void opened(Session& session, Stream& stream) override;
+  bool opened(Session& session, Stream& stream) override;
   void message(Session& session, Stream& stream, std::string bytes, bool compressed) override;
   void ended(Session& session, Stream& stream) override;
   void gone(Session& session, Stream& stream) override;
@@ -89,6 +91,8 @@ class Front : public Desk {
   void refresh_routes();
   int handle_mail();
   void accept_all();
+  void hear_listener(bool heard);
+  void drop_strangers();
   void admit(int socket, const std::string& peer);
   void read(Connection& connection);
   void mark(Connection& connection);
@@ -113,6 +117,7 @@ class Front : public Desk {
   std::shared_ptr<const Routes> routes_;
   std::vector<std::weak_ptr<Batcher>> batchers_;
   std::vector<Event> events_;
+  std::atomic<size_t> told_bytes_{0};  // of `events_`
   int events_event_;
   std::atomic<uint64_t> routes_version_{1};
   std::atomic<bool> goodbye_{false};
@@ -126,6 +131,8 @@ class Front : public Desk {
   std::vector<uint64_t> marked_;
   std::vector<uint64_t> turn_;
   int lingering_ = 0;
+  bool deaf_ = false;  // to the listener: there are no descriptors for who comes
+  std::deque<std::pair<uint64_t, int64_t>> strangers_;  // by age: serial, since when; some have spoken
   std::vector<std::shared_ptr<Batcher>> joined_;
   std::vector<Mail> mails_;
   Requests spare_;  // used, and to be used again: their buffers are worth more than they

@@ -26,6 +26,9 @@ constexpr size_t kConnectionsMax = 4096;
 constexpr int kEventsMax = 128;
 constexpr int kBacklog = 1024;
 constexpr int kSweepMs = 50;                   // how often those who are to go are looked at
+constexpr int kStrangersMs = 1000;             // how often those who have not spoken are
+constexpr int64_t kStrangerNs = 60'000'000'000;  // for a client to open its HTTP/2
+constexpr int kUnheardMs = 90'000;              // for a client to acknowledge what it was sent
 constexpr int64_t kFarewellNs = 1'000'000'000;  // for a client to hear the first goodbye
 constexpr int64_t kLingerNs = 1'000'000'000;    // for a client to read its last answers
 constexpr uint64_t kListener = 0, kMailbox = UINT64_MAX;  // of what epoll tells; else a serial
@@ -46,6 +49,19 @@ std::string name_of(const sockaddr_storage& address, socklen_t size) {
 void set(int socket, int level, int option, int value) {
   setsockopt(socket, level, option, &value, sizeof value);
 }
+
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
 
 int bound(const addrinfo& address, bool shared, const std::string& named) {
   int socket = ::socket(address.ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -87,8 +103,9 @@ struct Front::Connection {
   int64_t linger_ns = 0;    // everything is said, by both
 };
 
-Front::Front(std::vector<std::string> tokens)
-    : tokens_(std::move(tokens)),
+Front::Front(std::vector<std::string> tokens, size_t gathered_max)
+    : Desk(gathered_max),
+      tokens_(std::move(tokens)),
       mailbox_(std::make_shared<Mailbox>()),
       routes_(std::make_shared<Routes>()),
       events_event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
@@ -121,11 +138,10 @@ int Front::listen(const std::string& host, int port, bool shared) {
   add(listener_, kListener);
   add(mailbox_->descriptor(), kMailbox);
   // The signals are Python's: a thread that is born with them blocked gets none.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  thread_ = std::thread(&Front::run, this);
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  {
+    SignalsBlocked blocked;
+    thread_ = std::thread(&Front::run, this);
+  }
   pthread_setname_np(thread_.native_handle(), "front");
   return port_of(listener_);
 }
@@ -138,12 +154,14 @@ void Front::run() {
 
 bool Front::is_done() const {
   int64_t give_up_ns = give_up_ns_;
-  return give_up_ns && told_goodbye_ && (connections_.empty() || now_ns() >= give_up_ns);
+  // Who is to close may have said so after the goodbye of this round.
+  return give_up_ns && told_goodbye_ && listener_ < 0 && (connections_.empty() || now_ns() >= give_up_ns);
 }
 
 int Front::patience_ms() const {
   if (!marked_.empty()) return 0;
-  return told_goodbye_ || lingering_ > 0 ? kSweepMs : -1;
+  if (told_goodbye_ || lingering_ > 0 || deaf_) return kSweepMs;
+  return strangers_.empty() ? -1 : kStrangersMs;
 }
 
 // Reads everything that is there before the runners hear of it: that makes batches.
@@ -154,6 +172,7 @@ void Front::round() {
   auto is_bell = [](const epoll_event& event) { return event.data.u64 == kMailbox; };
   mailbox_->awake(std::any_of(events, events + std::max(0, count), is_bell));
   refresh_routes();
+  if (deaf_) hear_listener(true);
   for (int i = 0; i < count; ++i) {
     if (events[i].data.u64 == kListener) accept_all();
     else if (events[i].data.u64 != kMailbox) hear(events[i].data.u64, events[i].events);
@@ -166,13 +185,18 @@ void Front::round() {
   if (answers > 0) write_.add(now_ns() - began_ns, answers);
   if (goodbye_) begin_goodbye();
   if (told_goodbye_ || lingering_ > 0) see_off();
+  drop_strangers();
 }
 
 void Front::refresh_routes() {
   uint64_t version = routes_version_.load(std::memory_order_acquire);
   if (version == known_version_) return;
-  std::lock_guard held(lock_);
-  known_routes_ = routes_;
+  std::shared_ptr<const Routes> current;
+  {
+    std::lock_guard held(lock_);
+    current = routes_;
+  }
+  known_routes_.swap(current);
   known_version_ = version;
 }
 
@@ -210,10 +234,20 @@ void Front::accept_all() {
     socklen_t size = sizeof address;
     int socket = accept4(listener_, reinterpret_cast<sockaddr*>(&address), &size,
                          SOCK_NONBLOCK | SOCK_CLOEXEC);
-    if (socket < 0) return;
+    if (socket < 0) {
+      // Who waits makes the listener readable until somebody is accepted: it is let be for a while.
+      if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) hear_listener(false);
+      return;
+    }
     if (connections_.size() >= kConnectionsMax) ::close(socket);
     else admit(socket, name_of(address, size));
   }
+}
+
+void Front::hear_listener(bool heard) {
+  deaf_ = !heard;
+  epoll_event event{heard ? uint32_t{EPOLLIN} : 0, {.u64 = kListener}};
+  if (listener_ >= 0) epoll_ctl(epoll_, EPOLL_CTL_MOD, listener_, &event);
 }
 
 void Front::admit(int socket, const std::string& peer) {
@@ -223,13 +257,28 @@ void Front::admit(int socket, const std::string& peer) {
   set(socket, IPPROTO_TCP, TCP_KEEPIDLE, 60);
   set(socket, IPPROTO_TCP, TCP_KEEPINTVL, 10);
   set(socket, IPPROTO_TCP, TCP_KEEPCNT, 3);
+  set(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, kUnheardMs);
   uint64_t serial = ++serials_;
   auto& connection = connections_[serial];
   connection = std::make_unique<Connection>(*this, serial, peer, socket);
   epoll_event event{EPOLLIN, {.u64 = serial}};
   connection->watched = EPOLLIN;
   if (epoll_ctl(epoll_, EPOLL_CTL_ADD, socket, &event)) return drop(*connection);
+  strangers_.emplace_back(serial, now_ns());
   mark(*connection);
+}
+
+// Who has opened no HTTP/2 for so long never will.
+void Front::drop_strangers() {
+  int64_t now = strangers_.empty() ? 0 : now_ns();
+  while (!strangers_.empty()) {
+    auto [serial, since_ns] = strangers_.front();
+    auto found = connections_.find(serial);
+    bool strange = found != connections_.end() && !found->second->session.has_greeted();
+    if (strange && now - since_ns <= kStrangerNs) return;
+    strangers_.pop_front();
+    if (strange) drop(*found->second);
+  }
 }
 
 void Front::read(Connection& connection) {

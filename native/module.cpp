@@ -48,8 +48,8 @@ nb::list metadata_of(const std::string& headers) {
 
 class PyFront {
  public:
-  PyFront(std::vector<std::string> tokens, nb::object note, nb::object counts)
-      : core_(std::make_unique<Front>(std::move(tokens))),
+  PyFront(std::vector<std::string> tokens, nb::object note, nb::object counts, size_t gathered_max)
+      : core_(std::make_unique<Front>(std::move(tokens), gathered_max)),
         kinds_(std::make_shared<Kinds>(Kinds{std::move(note), std::move(counts)})) {}
   ~PyFront() {
     nb::gil_scoped_release released;
@@ -108,12 +108,13 @@ class PyFront {
   }
 
   void taken(uint64_t connection, int32_t stream, int bytes) {
-    core_->post({Mail::kTaken, {connection, stream}, bytes + static_cast<int>(kPrefixBytes), {}, {}});
+    core_->post({Mail::kTaken, {connection, stream}, bytes, {}, {}});
   }
 
   int fileno() const { return core_->events_descriptor(); }
   void say_goodbye() { core_->say_goodbye(); }
   void close(double patience_s) { core_->close(patience_s); }
+  size_t gathered() const { return core_->gathered; }
   std::map<std::string, double> stages() { return core_->stages(); }
 
  private:
@@ -192,7 +193,7 @@ NB_MODULE(leptonic_native, module) {
   front.attr("GONE") = static_cast<int>(Event::kGone);
   front.attr("SENT") = static_cast<int>(Event::kSent);
   front.attr("CLOSED") = static_cast<int>(Event::kClosed);
-  front.def(nb::init<std::vector<std::string>, nb::object, nb::object>())
+  front.def(nb::init<std::vector<std::string>, nb::object, nb::object, size_t>())
       .def("listen", &PyFront::listen)
       .def("batcher", &PyFront::batcher)
       .def("route", &PyFront::route)
@@ -203,6 +204,7 @@ NB_MODULE(leptonic_native, module) {
       .def("fileno", &PyFront::fileno)
       .def("say_goodbye", &PyFront::say_goodbye)
       .def("close", &PyFront::close)
+      .def("gathered", &PyFront::gathered)
       .def("stages", &PyFront::stages);
 }
 

@@ -17,6 +17,7 @@ constexpr int32_t kConnectionWindow = 16 << 20;
 constexpr size_t kKeptBytes = 4 << 10;        // of a buffer that the next stream uses again
 constexpr size_t kReservedBytes = 256 << 10;  // before they have come: more is only a claim
 constexpr size_t kToldBytes = 256 << 10;      // sent, before Python is told
+constexpr size_t kTextBytesMax = 8000;        // of a status as it is sent: clients take 8 KiB of headers
 
 using Nv = nghttp2_nv;
 
@@ -37,13 +38,20 @@ const Nv kStatus200 = constant(":status", "200");
 const Nv kContentType = constant("content-type", "application/grpc");
 const Nv kGrpcOk = constant("grpc-status", "0");
 
-// Percent-encoded where gRPC asks for it.
+// Percent-encoded where gRPC asks for it; what is too long is cut between two characters.
 std::string encoded(std::string_view text) {
   constexpr std::string_view digits = "0123456789ABCDEF";
   std::string safe;
+  size_t whole = 0;  // up to the last character that fits
   for (unsigned char c : text) {
+    bool continues = (c & 0xc0) == 0x80;
+    if (!continues) whole = safe.size();
     if (c >= 0x20 && c < 0x7f && c != '%') safe += static_cast<char>(c);
     else (safe += '%') += {digits[c >> 4], digits[c & 15]};
+    if (safe.size() > kTextBytesMax) {
+      safe.resize(whole);
+      break;
+    }
   }
   return safe;
 }
@@ -131,6 +139,7 @@ struct Session::Callbacks {
 
   static int frame(nghttp2_session*, const nghttp2_frame* frame, void* user) {
     Session& session = self(user);
+    session.greeted_ = true;
     if (frame->hd.type == NGHTTP2_PING && frame->hd.flags & NGHTTP2_FLAG_ACK && session.goodbye_)
       session.say_last_goodbye();
     if (frame->hd.type != NGHTTP2_HEADERS && frame->hd.type != NGHTTP2_DATA) return 0;
@@ -148,6 +157,13 @@ struct Session::Callbacks {
     // Answered before it has said everything: it need not go on.
     if (stream && !stream->ended)
       nghttp2_submit_rst_stream(self(user).http_, NGHTTP2_FLAG_NONE, stream->id, NGHTTP2_NO_ERROR);
+    return 0;
+  }
+
+  // An answer whose headers are more than may be sent: its client need not wait for it.
+  static int not_sent(nghttp2_session* http, const nghttp2_frame* frame, int, void* user) {
+    if (frame->hd.type == NGHTTP2_HEADERS && self(user).find(frame->hd.stream_id))
+      nghttp2_submit_rst_stream(http, NGHTTP2_FLAG_NONE, frame->hd.stream_id, NGHTTP2_INTERNAL_ERROR);
     return 0;
   }
 
@@ -169,6 +185,7 @@ struct Session::Callbacks {
     nghttp2_session_callbacks_set_on_data_chunk_recv_callback(made, data);
     nghttp2_session_callbacks_set_on_frame_recv_callback(made, frame);
     nghttp2_session_callbacks_set_on_frame_send_callback(made, sent);
+    nghttp2_session_callbacks_set_on_frame_not_send_callback(made, not_sent);
     nghttp2_session_callbacks_set_on_stream_close_callback(made, closed);
     return made;
   }
@@ -238,6 +255,7 @@ void Session::release(Stream& stream) {
   if (stream.way == Stream::kSlow && !stream.finished) desk_.gone(*this, stream);
   partial_ -= stream.body.size();
   held_ -= stream.held;
+  desk_.gathered -= stream.body.size() + stream.held;
   unsent_ -= stream.out.size() - stream.out_at;
   for (auto* text : {&stream.path, &stream.method, &stream.content_type, &stream.authorization, &stream.encoding,
                      &stream.parent, &stream.headers, &stream.body, &stream.out, &stream.text})
@@ -302,6 +320,7 @@ void Session::on_data(Stream& stream, std::string_view bytes) {
   if (stream.way != Stream::kOver) {
     stream.body.append(bytes);
     partial_ += bytes.size();
+    desk_.gathered += bytes.size();
     bool is_more = stream.way == Stream::kFast && stream.body.size() >= kPrefixBytes &&
                    stream.body.size() > kPrefixBytes + message_bytes(stream.body);
     if (check_size(stream) && is_more) to_python(stream);
@@ -324,6 +343,11 @@ bool Session::check_size(Stream& stream) {
            std::to_string(partial_) + " bytes of unfinished requests wait");
     return false;
   }
+  if (desk_.gathered > desk_.gathered_max) {
+    finish(stream, kResourceExhausted,
+           std::to_string(desk_.gathered) + " bytes of large requests wait already");
+    return false;
+  }
   if (size <= kReservedBytes) stream.body.reserve(kPrefixBytes + size);
   return true;
 }
@@ -333,7 +357,7 @@ void Session::on_ended(Stream& stream) {
   stream.arrived_ns = now_ns_;
   if (stream.way == Stream::kFast && !infer(stream)) {
     to_python(stream);
-    pass_messages(stream);
+    if (stream.way == Stream::kSlow) pass_messages(stream);
   }
   if (stream.way != Stream::kSlow) return;
   if (stream.body.empty()) return desk_.ended(*this, stream);
@@ -357,20 +381,22 @@ bool Session::infer(Stream& stream) {
   return false;
 }
 
-// So many bytes of messages are complete now.
-void Session::hold(Stream& stream, size_t bytes) {
+// So many bytes of messages are complete now; `cost` is what Python's memory needs beside them.
+void Session::hold(Stream& stream, size_t bytes, size_t cost) {
   partial_ -= bytes;
-  stream.held += bytes;
-  held_ += bytes;
+  stream.held += bytes + cost;
+  held_ += bytes + cost;
+  desk_.gathered += cost;
 }
 
 void Session::to_python(Stream& stream) {
+  if (!desk_.opened(*this, stream))
+    return finish(stream, kResourceExhausted, "the server has too many calls to look at");
   stream.way = Stream::kSlow;
-  desk_.opened(*this, stream);
 }
 
 void Session::pass_messages(Stream& stream) {
-  size_t at = 0;
+  size_t at = 0, cost = 0;
   std::string_view all = stream.body;
   while (all.size() - at >= kPrefixBytes) {
     size_t size = message_bytes(all.substr(at));
@@ -383,8 +409,9 @@ void Session::pass_messages(Stream& stream) {
                                            (stream.encoding.empty() ? "identity" : stream.encoding));
     desk_.message(*this, stream, std::string(all.substr(at + kPrefixBytes, size)), compressed);
     at += kPrefixBytes + size;
+    cost += kMessageCost;
   }
-  hold(stream, at);
+  hold(stream, at, cost);
   if (at == all.size()) wipe(stream.body);
   else stream.body.erase(0, at);
   check_size(stream);
@@ -394,6 +421,7 @@ void Session::pass_messages(Stream& stream) {
 void Session::refill(Stream& stream, size_t given_back) {
   stream.held -= given_back;
   held_ -= given_back;
+  desk_.gathered -= given_back;
   if (stream.way != Stream::kSlow || stream.held < kUnreadBytesMax) {
     nghttp2_session_consume_stream(http_, stream.id, stream.owed);
     stream.owed = 0;
@@ -411,7 +439,7 @@ void Session::handle(Mail& mail) {
   Stream* stream = find(mail.call.stream);
   if (!stream || stream->finished) return;
   if (mail.kind == Mail::kTaken)
-    return refill(*stream, std::min(stream->held, static_cast<size_t>(mail.code)));
+    return refill(*stream, std::min(stream->held, static_cast<size_t>(mail.code) + kPrefixBytes + kMessageCost));
   if (mail.kind == Mail::kWrite || mail.kind == Mail::kAnswer)
     write(*stream, mail.request ? mail.request->reply : mail.bytes);
   if (mail.kind == Mail::kAnswer) finish(*stream, kOk, {});
@@ -444,6 +472,7 @@ void Session::finish(Stream& stream, int code, std::string text, Pairs trailing)
   stream.batcher.reset();
   stream.ticket = 0;
   partial_ -= stream.body.size();
+  desk_.gathered -= stream.body.size();
   wipe(stream.body);
   refill(stream, stream.held);
   if (!stream.responding) {
@@ -468,7 +497,7 @@ void Session::respond(Stream& stream) {
 void Session::refuse_http(Stream& stream, const char* status) {
   stream.way = Stream::kOver;
   stream.finished = true;
-  const Nv headers[] = {constant(":status", status)};
+  const Nv headers[] = {constant(":status", status), constant("allow", "POST")};
   nghttp2_submit_response(http_, stream.id, headers, std::size(headers), nullptr);
 }
 

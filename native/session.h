@@ -4,6 +4,7 @@
 
 #include <nghttp2/nghttp2.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -21,6 +22,7 @@ constexpr uint32_t kStreamsMax = 1024;
 constexpr size_t kHeldBytesMax = 64 << 20;      // of a connection: complete and not answered
 constexpr size_t kPartialBytesMax = 128 << 20;  // of a connection: messages that are still coming
 constexpr size_t kUnreadBytesMax = 1 << 20;     // of a stream: messages Python has not taken
+constexpr size_t kMessageCost = 128;            // of a message that Python has not taken, beside its bytes
 constexpr size_t kUnsentBytesMax = 256 << 20;   // of a connection: answers the client does not read
 
 class Batcher;
@@ -65,13 +67,20 @@ class Session;
 // Whoever has sessions: the front.
 class Desk {
  public:
+  explicit Desk(size_t gathered_max = SIZE_MAX) : gathered_max(gathered_max) {}
   virtual ~Desk() = default;
+
+  // Bytes of requests that are coming or not answered, of all sessions; written by one thread.
+  std::atomic<size_t> gathered{0};
+  const size_t gathered_max;
+
   virtual bool is_fast(std::string_view path) const = 0;
   virtual bool is_allowed(const Stream& stream) const = 0;
   // `body` is the whole message of a fast call, with its prefix. False: it is left, and Python is
   // to look at it. True: it is taken, and some buffer that is not needed is there instead.
   virtual bool infer(Session& session, Stream& stream, std::string& body) = 0;
-  virtual void opened(Session& session, Stream& stream) = 0;
+  // False: too much waits for Python already.
+  virtual bool opened(Session& session, Stream& stream) = 0;
   virtual void message(Session& session, Stream& stream, std::string bytes, bool compressed) = 0;
   virtual void ended(Session& session, Stream& stream) = 0;
   // The client has gone before its answer.
@@ -94,6 +103,8 @@ class Session {
   bool receive(std::string_view bytes, int64_t now_ns);
   // Appends what is to be sent, until `out` is so long. False as of `receive`.
   bool send(std::string& out, size_t bytes_max);
+  // Whether the client has opened its HTTP/2.
+  bool has_greeted() const { return greeted_; }
   bool wants_to_send() const { return nghttp2_session_want_write(http_) != 0; }
   bool is_over() const;
   size_t open_streams() const { return open_; }
@@ -123,7 +134,7 @@ class Session {
   bool check_size(Stream& stream);
   void to_python(Stream& stream);
   void pass_messages(Stream& stream);
-  void hold(Stream& stream, size_t bytes);
+  void hold(Stream& stream, size_t bytes, size_t cost = 0);
   void refill(Stream& stream, size_t given_back);
   void refill_connection();
   void write(Stream& stream, std::string& bytes);
@@ -142,6 +153,7 @@ class Session {
   size_t partial_ = 0;
   size_t owed_ = 0;    // bytes that the connection's window does not have back yet
   size_t unsent_ = 0;
+  bool greeted_ = false;
   bool goodbye_ = false;
   bool last_goodbye_ = false;
 };

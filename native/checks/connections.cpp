@@ -15,7 +15,7 @@ namespace {
 // Hands some calls to "Python", answers some at once, and keeps some for later.
 class SomeDesk : public Desk {
  public:
-  explicit SomeDesk(Random& random) : random_(random) {}
+  explicit SomeDesk(Random& random) : Desk(5000), random_(random) {}
 
   bool is_fast(std::string_view path) const override { return path == "/fast"; }
   bool is_allowed(const Stream& stream) const override { return stream.authorization != "bad"; }
@@ -28,7 +28,11 @@ class SomeDesk : public Desk {
     body = "an old buffer";
     return true;
   }
-  void opened(Session&, Stream& stream) override { CHECK(python.insert(stream.id).second); }
+  bool opened(Session&, Stream& stream) override {
+    if (below(random_, 8) == 0) return false;
+    CHECK(python.insert(stream.id).second);
+    return true;
+  }
   void message(Session&, Stream& stream, std::string bytes, bool) override {
     CHECK(python.contains(stream.id));
     unread.emplace_back(stream.id, bytes.size());
@@ -136,7 +140,7 @@ void meddle(Session& session, SomeDesk& desk, Random& random) {
   if (!desk.unread.empty()) {
     auto [id, size] = desk.unread.back();
     desk.unread.pop_back();
-    Mail mail{Mail::kTaken, {1, id}, static_cast<int>(size + kPrefixBytes), {}, {}};
+    Mail mail{Mail::kTaken, {1, id}, static_cast<int>(size), {}, {}};
     session.handle(mail);
   }
   if (below(random, 100) == 0) session.say_goodbye();
@@ -158,6 +162,7 @@ int serve(const std::string& said, Random& random) {
       if (session.is_over()) break;
     }
   }
+  CHECK(desk.gathered == 0);
   // Those that Python itself did not end are gone now.
   CHECK(desk.python.empty());
   return desk.inferred;

@@ -13,9 +13,9 @@ from typing import Any
 
 from libs.contracts.artifacts import Tensor
 from libs.contracts.pipeline import Batching
-from services.inference import tensors
+from services.inference import rpcs, tensors
 from services.inference.front import Counts, Lane, Note, Sampling, ServerCall
-from services.inference.rpcs import OF_TRANSPORT, WINDOW_BITS, inflated
+from services.inference.rpcs import OF_TRANSPORT, PREFIX, WINDOW_BITS, inflated
 
 EXTENSION = "leptonic_native"
 UNSENT_BYTES_MAX = 1 << 20
@@ -71,7 +71,7 @@ class NativeCall:
     async def write(self, message: bytes) -> None:
         if not self.over:
             self.core.write(*self.id, message)
-            self.unsent_bytes += len(message)
+            self.unsent_bytes += PREFIX.size + len(message)
         while not self.over and self.unsent_bytes > UNSENT_BYTES_MAX:
             await self.change()
         if self.over:
@@ -119,7 +119,7 @@ class NativeFront:
 
     def __init__(self, on_call: Callable[[ServerCall], None], tokens: Collection[str]) -> None:
         self.on_call = on_call
-        self.core = import_module(EXTENSION).Front(list(tokens), Note, Counts)
+        self.core = import_module(EXTENSION).Front(list(tokens), Note, Counts, rpcs.HELD_BYTES_MAX)
         self.port = 0
         self.calls: dict[CallId, NativeCall] = {}
         self.closed = asyncio.Event()
@@ -149,6 +149,11 @@ class NativeFront:
         asyncio.get_running_loop().remove_reader(self.core.fileno())
         for call in list(self.calls.values()):
             call.gone()
+
+    @property
+    def held(self) -> int:
+        """Bytes of requests that are coming, or are neither answered nor read."""
+        return int(self.core.gathered())
 
     def stages(self) -> dict[str, float]:
         """Microseconds that a request spends in each part of the front and its batchers."""

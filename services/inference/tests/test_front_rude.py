@@ -161,7 +161,10 @@ async def test_large_requests_together_are_bounded(
         assert len(await echo(bytes(800_000))) == 800_000
         assert len(await echo(bytes(800_000))) == 800_000  # the first is no longer counted
         half = await here.raw()
-        await half.say(half.hello() + half.ask(ECHO + "Unary", prefixed(bytes(800_000)))[:700_000])
+        await half.say(half.hello())
+        await half.until(frames.SETTINGS)
+        await half.say(frames.frame(frames.SETTINGS, 1, 0, b""))  # now the window is theirs
+        await half.say(half.ask(ECHO + "Unary", prefixed(bytes(800_000)))[:700_000])
         await eventually(lambda: here.front.held > 600_000)  # type: ignore[attr-defined]
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await echo(bytes(800_000))

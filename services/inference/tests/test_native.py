@@ -6,6 +6,7 @@ import importlib.util
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -45,6 +46,7 @@ INTERNAL = 13
 UNAVAILABLE = 14
 PATIENCE_S = 120.0
 CHECKED_ROUNDS = 3000
+METADATA_BYTES = 60_000
 DATATYPES = sorted(set(tensors.DTYPES) - {"BYTES"})
 
 pytestmark = pytest.mark.skipif(
@@ -223,7 +225,7 @@ async def test_a_stream_that_is_always_ahead_of_its_client_keeps_no_more_than_it
         word = frames.WORD.pack(grant)
         more = b"".join(frames.frame(frames.WINDOW_UPDATE, 0, at, word) for at in (0, 1))
         for come in range(0, all_bytes, grant):
-            await eventually(lambda come=come: here.echo.written << 20 > come)
+            await eventually(lambda come=come: here.echo.written << 20 >= come)
             await raw.say(more)
             got = 0
             while got < grant:
@@ -287,6 +289,50 @@ def test_a_waiter_that_raises_keeps_nobody_from_hearing(
     ends(taken(batcher))
     assert len(caller.told) == 1
     assert raised == ["of a waiter"]
+
+
+async def test_calls_that_python_has_not_heard_of_are_bounded() -> None:
+    """Nothing yields to the event loop before all is asked."""
+    opened: list[ServerCall] = []
+    front = await native_front.open_front("127.0.0.1", 0, False, opened.append, ())
+    large = [(b":path", b"/a"), *POST, (b"x", b"y" * METADATA_BYTES)]
+    block = frames.block(large)
+    parts = [block[at : at + 16384] for at in range(0, len(block), 16384)]
+    client = socket.create_connection(("127.0.0.1", front.port))
+    client.settimeout(PATIENCE_S)
+    client.sendall(frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0, b""))
+    for stream in range(1, 3000, 2):
+        client.sendall(frames.frame(frames.HEADERS, 0, stream, parts[0]))
+        for part in parts[1:]:
+            flags = frames.END_HEADERS if part is parts[-1] else 0
+            client.sendall(frames.frame(frames.CONTINUATION, flags, stream, part))
+        client.sendall(frames.frame(frames.DATA, frames.END_STREAM, stream, b"\x02" + bytes(4)))
+    client.sendall(frames.frame(frames.PING, 0, 0, bytes(8)))
+    heard = b""
+    while frames.frame(frames.PING, 1, 0, bytes(8)) not in heard:
+        heard += client.recv(1 << 16)
+    client.close()
+    await eventually(lambda: opened)
+    assert len(opened) * METADATA_BYTES <= 65 << 20
+    await front.close(0)
+
+
+def test_an_array_of_other_bytes_than_its_rows_need_never_joins() -> None:
+    batcher = configured(native, Batching(max_batch_size=8))
+    inputs = asked(1, rows=2)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=r"input 'x' has shape \[2, 2\]"):
+            batcher.join(inputs, rows, Caller(1))
+    assert batcher.join(inputs, 2, Caller(1)) > 0
+
+
+async def test_the_method_that_is_allowed_is_said() -> None:
+    async with place("native") as here:
+        raw = await here.raw()
+        get = [(b":path", b"/"), *POST]
+        get = [(name, b"GET" if name == b":method" else value) for name, value in get]
+        await raw.say(raw.hello() + said(1, get, b""))
+        assert await raw.headers() == {":status": "405", "allow": "POST"}
 
 
 def blocked_signals(thread: str) -> int:
