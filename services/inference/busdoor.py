@@ -6,6 +6,7 @@ that serve a model share its requests, and where there is none the caller is tol
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from functools import partial
 from time import perf_counter
@@ -13,13 +14,14 @@ from time import perf_counter
 import msgspec
 
 from libs.bus import PAYLOAD_BYTES_MAX, TRACE_HEADER, Bus, Reply, Request
-from libs.doors import Exhausted, Refused
+from libs.doors import Exhausted, Internal, Refused
 from libs.doors.metrics import count
-from libs.doors.serve import cancelled
+from libs.doors.serve import background
 from services.inference.bodies import HEADER_LENGTH, Exchange
 from services.inference.compression import TooLarge
 from services.inference.endpoint import Endpoint
 
+log = logging.getLogger(__name__)
 GROUP = "predict"
 VERSION_HEADER = "model-version"
 STATUS_HEADER = "status"
@@ -43,11 +45,10 @@ class BusDoor:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Answers for every model that is served; when the block ends, what was accepted."""
-        following = asyncio.create_task(self.follow())
         try:
-            yield
+            async with background(self.follow()):
+                yield
         finally:
-            await cancelled([following])
             for subject in list(self.open):
                 self.close(subject)
             await asyncio.gather(*self.closing)
@@ -84,6 +85,9 @@ class BusDoor:
             reply = await self.infer(model, request)
         except Refused as error:
             reply = refusal(error)
+        except Exception as error:  # who asked would wait until it gives up
+            log.exception("a request on %s failed", request.subject)
+            reply = refusal(Internal(f"Unexpected {type(error)}: {error}"))
         count("bus", f"{GROUP}.*", reply.headers[STATUS_HEADER], began)
         return reply
 

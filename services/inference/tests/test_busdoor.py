@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from libs.bus import Bus, NoAnswer
+from libs.bus import Answer, Bus, NoAnswer
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.memory import MemoryBus
 from libs.contracts.artifacts import Signature, Tensor
@@ -210,3 +210,25 @@ async def test_a_replica_of_the_platform_answers(
 
     answer = await eventually(answered)
     assert (answer["model_version"], answer["outputs"][0]["data"]) == ("1", [1])
+
+
+async def test_what_nobody_expected_is_an_answer_too(either: Bus, desk: Desk) -> None:
+    async with serving(either, desk):
+        desk.endpoints.find("double").served["1"].signature = None  # type: ignore[assignment]
+        status, answer = await told(either)
+    assert (status, "Unexpected" in answer["error"]) == ("500", True)
+
+
+class Deaf(MemoryBus):
+    """Takes no subscription."""
+
+    def respond(self, subject: str, group: str, answer: Answer) -> Any:
+        raise OSError("no more subjects")
+
+
+async def test_a_door_that_cannot_follow_what_is_served_ends_the_service(desk: Desk) -> None:
+    door = BusDoor(Deaf(), Exchange(desk.endpoints, desk.service.memory))
+    with pytest.raises(ExceptionGroup) as raised:
+        async with door.serving():
+            await asyncio.Event().wait()
+    assert "no more subjects" in str(raised.value.exceptions)
