@@ -8,15 +8,20 @@ from libs.doors.drain import Drain
 from libs.doors.serve import DRAIN_S, joined
 from services.inference import native, python_front
 from services.inference.front import Front, ServerCall
+from services.inference.modelconfig import Misconfigured
 from services.inference.rpc import WATCH, Host
 
 log = logging.getLogger(__name__)
+KINDS = ("auto", "native", "python")
 GRPC_LEAVES_S = 20.0
 """Clients go once they are told to, and what they asked is answered."""
 
 
 def make(kind: str, on_call: Callable[[ServerCall], None], tokens: Collection[str]) -> Front:
-    """`kind`: native, python, or auto for the first of them that is there."""
+    """`kind`: native, python, or auto for the first of them that is there. Raises
+    `Misconfigured`."""
+    if kind not in KINDS:
+        raise Misconfigured(f"LEPTONIC_INFERENCE_FRONT is '{kind}', not one of {', '.join(KINDS)}")
     if kind == "native" or (kind == "auto" and native.available()):
         log.info("the native front speaks gRPC")
         return native.NativeFront(on_call, tokens)

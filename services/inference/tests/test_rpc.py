@@ -15,6 +15,8 @@ from libs import telemetry
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.contracts.protos import open_inference_pb2_grpc
 from libs.doors import Exhausted, NotFound
+from services.inference import fronts
+from services.inference.modelconfig import Misconfigured
 from services.inference.rpc import REFLECTION_V1, WATCH, Host, health_and_reflection
 from stack.testing import eventually
 
@@ -266,3 +268,9 @@ async def test_reflection_lists_the_services(host: Host, method: str) -> None:
     answer = reflection_pb2.ServerReflectionResponse.FromString(call.written[0])
     names = {one.name for one in answer.list_services_response.service}
     assert {service.full_name, "grpc.health.v1.Health"} <= names
+
+
+@pytest.mark.parametrize("kind", ["", "Native", "cpp"])
+def test_a_front_that_nobody_knows_is_refused(kind: str) -> None:
+    with pytest.raises(Misconfigured, match="not one of auto, native, python"):
+        fronts.make(kind, lambda call: None, [])
