@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from time import monotonic, monotonic_ns
 
@@ -173,7 +173,7 @@ class Endpoints:
         labels = served.model.labels
         return Answer(call.model, served.version, asked.id, outputs, labels, place)
 
-    async def stream(self, call: Call) -> AsyncIterator[Answer]:
+    async def stream(self, call: Call) -> AsyncGenerator[Answer, None]:
         """Any number of answers of a decoupled model; exactly one of any other. Raises
         `Refused`."""
         served = self.chosen(call)

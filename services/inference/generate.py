@@ -4,8 +4,9 @@
 any other is a parameter.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from libs.contracts.artifacts import Signature, Tensor
@@ -65,10 +66,17 @@ def fields_of(answer: Answer) -> dict[str, Any]:
     return fields
 
 
-def only(answers: Sequence[Answer]) -> Answer:
-    if len(answers) != 1:
+async def only(answers: AsyncGenerator[Answer, None]) -> Answer:
+    """Whatever would come after a second one is not computed for nobody. Raises `Refused`."""
+    found = []
+    async with contextlib.aclosing(answers) as coming:
+        async for answer in coming:
+            found.append(answer)
+            if len(found) > 1:
+                break
+    if len(found) != 1:
+        said = "more" if found else "none"
         raise Invalid(
-            f"generate expects model to produce exactly 1 response, got {len(answers)}: "
-            "use generate_stream"
+            f"generate expects model to produce exactly 1 response, got {said}: use generate_stream"
         )
-    return answers[0]
+    return found[0]

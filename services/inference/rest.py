@@ -21,7 +21,7 @@ from libs.doors import Exhausted, Invalid, NotFound, Refused
 from libs.doors.serve import http_app
 from services.inference import generate, openapi
 from services.inference.bodies import HEADER_LENGTH, Exchange
-from services.inference.calls import Answer
+from services.inference.calls import Answer, Call
 from services.inference.guard import Guard
 from services.inference.httpbody import body_of, object_of, sent, struct_of, while_there
 from services.inference.messages import plain
@@ -169,23 +169,21 @@ class Rest:
         return await sent(request, body)
 
     async def generate(self, request: Request) -> Response:
-        answers = [answer async for answer in self.generated(request)]
-        return JSONResponse(generate.fields_of(generate.only(answers)))
+        work = generate.only(self.endpoints.stream(await self.generated_call(request)))
+        return JSONResponse(generate.fields_of(await while_there(request, work)))
 
     async def generate_stream(self, request: Request) -> Response:
         """What is wrong before the first answer has a status; what comes later is an event."""
-        answers = self.generated(request)
+        answers = self.endpoints.stream(await self.generated_call(request))
         first = await anext(answers, None)
         return StreamingResponse(events(first, answers), media_type=openapi.EVENTS)
 
-    async def generated(self, request: Request) -> AsyncIterator[Answer]:
+    async def generated_call(self, request: Request) -> Call:
         place = named(request)
         signature = self.endpoints.served(**place).signature
         body = await object_of(request, dict[str, Any])
         parent = request.headers.get(TRACE_HEADER, "")
-        call = generate.call_of(place["name"], place["version"], signature, body, parent)
-        async for answer in self.endpoints.stream(call):
-            yield answer
+        return generate.call_of(place["name"], place["version"], signature, body, parent)
 
 
 def app_of(
