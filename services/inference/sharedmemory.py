@@ -17,6 +17,8 @@ from libs.doors import Exhausted, Internal, Invalid, NotFound, Refused
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
 KEY = re.compile(r"/?([^/\0]{1,254})")
+OTHERS = ("PostgreSQL.", "sem.")
+"""What a database shares between its processes, and semaphores, begin so."""
 REGIONS_MAX = 1024
 REGION = "shared_memory_region"
 BYTE_SIZE = "shared_memory_byte_size"
@@ -161,6 +163,10 @@ def opened(key: str) -> int:
     named = KEY.fullmatch(key)
     if named is None or named[1] in (".", ".."):
         raise Invalid(f"Unable to open shared memory region: '{key}': not the name of one", "key")
+    if named[1].startswith(OTHERS):
+        raise Invalid(
+            f"Unable to open shared memory region: '{key}': it is another program's", "key"
+        )
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         handle = os.open(FOLDER / named[1], flags)

@@ -33,6 +33,17 @@ def memory(file: Path) -> SharedMemory:
     return made
 
 
+@pytest.mark.parametrize("name", ["PostgreSQL.1234", "sem.lock"])
+def test_what_is_another_programs_is_not_opened(name: str) -> None:
+    path = FOLDER / f"{name}-{os.getpid()}"
+    path.write_bytes(bytes(16))
+    try:
+        with pytest.raises(Invalid, match="it is another program's"):
+            SharedMemory().register("in", f"/{path.name}", 0, 16)
+    finally:
+        path.unlink()
+
+
 def test_a_window_is_read_and_written_where_it_lies(memory: SharedMemory, file: Path) -> None:
     window = memory.window("x", PLACE)
     assert window is not None
