@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -225,7 +226,11 @@ async def test_a_stream_that_is_always_ahead_of_its_client_keeps_no_more_than_it
         word = frames.WORD.pack(grant)
         more = b"".join(frames.frame(frames.WINDOW_UPDATE, 0, at, word) for at in (0, 1))
         for come in range(0, all_bytes, grant):
-            await eventually(lambda come=come: here.echo.written << 20 >= come)
+
+            def is_ahead(come: int = come) -> bool:
+                return here.echo.written << 20 >= come
+
+            await eventually(is_ahead)
             await raw.say(more)
             got = 0
             while got < grant:
@@ -242,7 +247,8 @@ async def refused_with(text: str, trailing: Sequence[tuple[str, str]]) -> tuple[
 
     front = await native_front.open_front("127.0.0.1", 0, False, answer, ())
     async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
-        said = await refusal(channel.unary_unary(ECHO + "Unary")(b"", timeout=20))
+        call: Any = channel.unary_unary(ECHO + "Unary")
+        said = await refusal(call(b"", timeout=20))
     await front.close(1)
     return said
 
@@ -263,7 +269,7 @@ def test_who_waits_in_a_batcher_that_nobody_holds_is_told() -> None:
     batcher = configured(native, Batching())
     caller.join(batcher)
     del batcher
-    assert [code for code, _ in caller.told] == [UNAVAILABLE]
+    assert [told[0] for told in caller.told] == [UNAVAILABLE]
 
 
 class Raises:
@@ -278,15 +284,19 @@ class Raises:
     "ends", [lambda b: b.fail(INTERNAL, "broken"), lambda b: b.answer(run(b.inputs()))]
 )
 def test_a_waiter_that_raises_keeps_nobody_from_hearing(
-    ends: Callable[[Batch], None], monkeypatch: pytest.MonkeyPatch
+    ends: Callable[[Batch], None],
 ) -> None:
     raised: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda found: raised.append(str(found.exc_value)))
     batcher = configured(native, Batching(max_batch_size=8))
     assert batcher.join(asked(1), 1, Raises()) > 0
     caller = Caller(1)
     caller.join(batcher)
-    ends(taken(batcher))
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda found: raised.append(str(found.exc_value))
+    try:
+        ends(taken(batcher))
+    finally:
+        sys.unraisablehook = before
     assert len(caller.told) == 1
     assert raised == ["of a waiter"]
 
