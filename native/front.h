@@ -48,6 +48,7 @@ struct Stage {
   double mean_us() const;
 };
 
+// The thread, and its connections, live in loop.cpp; what it is asked and tells, in front.cpp.
 class Front : public Desk {
  public:
   // `gathered_max`: bytes of requests of all clients together.

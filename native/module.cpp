@@ -158,6 +158,7 @@ NB_MODULE(leptonic_native, module) {
   using namespace nb::literals;
   nb::set_leak_warnings(false);  // the interpreter may end while a runner holds a batch
 
+  // For the tests: it is compared with line.py, step by step.
   nb::class_<Line>(module, "Line")
       .def("__init__", [](Line* self, const nb::kwargs& limits) { new (self) Line(limits_of(limits)); })
       .def("configure", [](Line& line, const nb::kwargs& limits) { line.configure(limits_of(limits)); })

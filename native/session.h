@@ -89,6 +89,12 @@ class Desk {
   virtual void sent(Session& session, Stream& stream, size_t bytes) = 0;
 };
 
+// What it counts, in bytes; `Desk::gathered` is partial and held, of all sessions.
+//             added                         subtracted
+//   partial   data comes (on_data)          its message is complete (hold), or the call is over
+//   held      a message is complete (hold)  Python takes it (handle), or the call is over (finish)
+//   owed      data comes (on_data)          the client may send as much again (refill)
+//   unsent    an answer is written (write)  it is sent (read_out), or its stream is gone (release)
 class Session {
  public:
   Session(Desk& desk, uint64_t serial, std::string peer);
