@@ -6,9 +6,10 @@ An event class is a fact in the past tense. Its NATS subject is
 A stored sample of every version lies in `samples/` and is decoded by a test for ever.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 SOURCE_PREFIX = "/leptonic/"
 TYPE_PREFIX = "ai.leptonic."
@@ -304,6 +305,8 @@ class Observation(msgspec.Struct, frozen=True):
     errors: int
     labelled: int = 0
     correct: int = 0
+    quarantined: Literal[True] | UnsetType = UNSET
+    """It crashed so often that this replica does not serve it in this generation."""
 
 
 class DeploymentObserved(Event, frozen=True, kw_only=True):

@@ -344,8 +344,8 @@ class Agent:
                 place = (project, model, generation, number, replica)
                 await store.add_counts(tx, place, requests, errors)
             found = await store.tallies(tx, deployment, replica)
-            observed = domain.observations(deployment, found)
-            if found and observed != endpoint.observed:
+            observed = domain.observations(deployment, found, endpoint.quarantined)
+            if (found or endpoint.quarantined) and observed != endpoint.observed:
                 await tx.emit(
                     DeploymentObserved(
                         project=project,

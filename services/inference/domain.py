@@ -77,10 +77,16 @@ def judge(label: Any, outputs: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def observations(
-    desired: DeploymentUpdated, counts: Mapping[int, Observation]
+    desired: DeploymentUpdated, counts: Mapping[int, Observation], quarantined: Collection[str]
 ) -> list[Observation]:
     """One for every target, also for those nobody asked yet."""
-    return [counts.get(t.number) or Observation(t.number, 0, 0) for t in desired.targets]
+    return [
+        structs.replace(
+            counts.get(t.number) or Observation(t.number, 0, 0),
+            quarantined=True if str(t.number) in quarantined else msgspec.UNSET,
+        )
+        for t in desired.targets
+    ]
 
 
 def served_name(name: str, project: str) -> tuple[str, str]:

@@ -150,6 +150,8 @@ class Counts:
     errors: int = 0
     labelled: int = 0
     correct: int = 0
+    quarantined: bool = False
+    """A replica gave it up: it crashed too often, and gets no requests there any more."""
 
     @property
     def error_rate(self) -> float:
@@ -289,6 +291,8 @@ TRANSITIONS: dict[tuple[str, type[Stimulus]], Callable[[Deployment, Any], Outcom
 def verdict(rules: Canary, champion: Counts, canary: Counts) -> tuple[bool | None, str]:
     """(True: promote, False: roll back, None: wait) and why."""
     rate = f"{canary.errors} errors in {canary.requests} requests"
+    if canary.quarantined:
+        return False, f"{rate}: it crashed so often that it is quarantined"
     enough = min(REQUESTS_BEFORE_ROLLBACK, rules.min_requests)
     if canary.requests >= enough and canary.error_rate > rules.max_error_rate:
         return False, f"{rate}: {canary.error_rate:.4f} is more than {rules.max_error_rate:.4f}"

@@ -1,7 +1,7 @@
 """What the registry does: on events, and when somebody applies a pipeline or moves an alias."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import msgspec
@@ -179,6 +179,9 @@ async def on_deployment_observed(event: DeploymentObserved, meta: Meta, context:
             return
         await store.add_observations(tx, event)
         counts = await store.counts(tx, event.project, event.model, event.generation)
+        for one in event.observations:
+            if one.quarantined is True:
+                counts[one.number] = replace(counts[one.number], quarantined=True)
         await decide(tx, deployment, Observed(counts))
 
 

@@ -68,9 +68,9 @@ def test_a_label_is_judged_row_by_row(label: Any, outputs: Any, judged: tuple[in
 
 def test_every_target_is_observed_also_without_requests() -> None:
     seen = {1: Observation(1, 5, 0)}
-    assert domain.observations(deployment(2, *CANARY), seen) == [
+    assert domain.observations(deployment(2, *CANARY), seen, {"2"}) == [
         Observation(1, 5, 0),
-        Observation(2, 0, 0),
+        Observation(2, 0, 0, quarantined=True),
     ]
 
 

@@ -13,6 +13,7 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from libs.bus.jetstream import JetStreamBus
+from libs.contracts.events import DeploymentObserved
 from libs.objectstore import ObjectStore, key_of
 from services.inference.app import Settings
 from services.inference.isolated import Isolated
@@ -111,6 +112,28 @@ async def until_quarantined(apart: Replica, platform: Platform, objects: ObjectS
         ("1", "READY"),
         ("2", "UNAVAILABLE"),
     ]
+
+
+async def test_a_canary_that_is_quarantined_is_reported(
+    replica: Replica, platform: Platform, objects: ObjectStore
+) -> None:
+    """It gets no requests any more: the registry would wait for them for ever."""
+    one = await register(objects, 1, 80, stage.digits())
+    await platform.place()
+    await platform.deploy(2, one, await register(objects, 2, 20, stage.digits(OFFSET)))
+    await replica.until_announced(2)
+    endpoint = replica.agent.endpoints.find("digits")
+    for _ in range(CRASHES):
+        replica.agent.endpoints.crashed(endpoint, endpoint.served["2"], "segmentation fault")
+
+    async def reported() -> bool:
+        events = await platform.seen(DeploymentObserved)
+        return bool(events) and [o.quarantined is True for o in events[-1].observations] == [
+            False,
+            True,
+        ]
+
+    await eventually(reported)
 
 
 class Away:

@@ -65,8 +65,8 @@ def shares(outcome: Outcome) -> list[tuple[int, int]]:
     return [(target.number, target.percent) for target in outcome.deployment.targets]
 
 
-def observed(**canary: int) -> Observed:
-    return Observed({1: Counts(200, 0, 100, 95), 2: Counts(**canary)})
+def observed(requests: int, errors: int, labelled: int = 0, correct: int = 0) -> Observed:
+    return Observed({1: Counts(200, 0, 100, 95), 2: Counts(requests, errors, labelled, correct)})
 
 
 ONE, TWO, THREE = (Passed(version(number)) for number in (1, 2, 3))
@@ -195,6 +195,7 @@ CHAMPION = Counts(200, 0, 100, 95)
         (Counts(50, 0, 20, 18), True, "accuracy 0.9000"),
         (Counts(40, 0, 20, 18), None, "waits"),
         (Counts(), None, "waits"),
+        (Counts(3, 3, quarantined=True), False, "3 errors in 3 requests: it crashed so often"),
     ],
 )
 def test_the_verdict(canary: Counts, better: bool | None, said: str) -> None:

@@ -122,9 +122,10 @@ async def test_a_canary_is_promoted_by_the_sum_of_its_replicas(desk: Desk) -> No
     assert [list(version.aliases) for version in await desk.versions()] == [[], ["champion"]]
 
 
-async def test_a_canary_with_errors_is_rolled_back(desk: Desk) -> None:
+@pytest.mark.parametrize("bad", [Observation(2, 10, 1), Observation(2, 0, 0, quarantined=True)])
+async def test_a_canary_with_errors_or_crashes_is_rolled_back(desk: Desk, bad: Observation) -> None:
     await two_versions(desk)
-    await desk.handle(observed(2, "a", Observation(1, 30, 0), Observation(2, 10, 1)), "o1")
+    await desk.handle(observed(2, "a", Observation(1, 30, 0), bad), "o1")
     assert await desk.shares() == [(1, 100)]
     rejected = (await desk.emitted())[-2]
     assert isinstance(rejected, ModelVersionRejected)
