@@ -3,6 +3,7 @@ in one batch; a thread that leaves the signals to Python; and its checks under s
 
 import asyncio
 import importlib.util
+import os
 import resource
 import shutil
 import signal
@@ -343,6 +344,27 @@ async def test_the_method_that_is_allowed_is_said() -> None:
         get = [(name, b"GET" if name == b":method" else value) for name, value in get]
         await raw.say(raw.hello() + said(1, get, b""))
         assert await raw.headers() == {":status": "405", "allow": "POST"}
+
+
+async def test_who_came_while_there_were_no_descriptors_is_accepted_later() -> None:
+    async with place("native") as here:
+        client = socket.socket()
+        client.settimeout(PATIENCE_S)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            client.connect(("127.0.0.1", here.front.port))
+            client.sendall(frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0, b""))
+            client.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        client.settimeout(PATIENCE_S)
+        assert await asyncio.to_thread(client.recv, 1)
+        client.close()
 
 
 def blocked_signals(thread: str) -> int:
