@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from libs.doors import Exhausted
 from libs.doors.serve import MESSAGE_BYTES_MAX
 from services.inference import compression
 from services.inference.bodies import BINARY, HEADER_LENGTH, JSON, Body, decoded
@@ -15,17 +16,34 @@ from services.inference.compression import TooLarge
 
 IN_PLACE_BYTES = 64 << 10
 """What is (de)compressed sooner than a thread is found."""
+HELD_BYTES_MAX = 1 << 30
+"""Of bodies that are not all there, of all clients together."""
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
 
+class Coming:
+    held = 0
+    """Bytes of all bodies that are not all there."""
+
+
+COMING = Coming()
+
+
 async def body_of(request: Request) -> bytes:
-    """Raises `Refused` past `MESSAGE_BYTES_MAX`, before it is all read or decompressed."""
+    """Raises `Refused` past `MESSAGE_BYTES_MAX`, before it is all read or decompressed, and when
+    too much of others is on its way."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MESSAGE_BYTES_MAX:
-            raise TooLarge(f"more than {MESSAGE_BYTES_MAX} bytes", "body")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            COMING.held += len(chunk)
+            if len(body) > MESSAGE_BYTES_MAX:
+                raise TooLarge(f"more than {MESSAGE_BYTES_MAX} bytes", "body")
+            if COMING.held > HELD_BYTES_MAX:
+                raise Exhausted(f"{COMING.held} bytes of bodies are on their way already")
+    finally:
+        COMING.held -= len(body)
     coding = request.headers.get("content-encoding", "")
     if not coding:
         return bytes(body)

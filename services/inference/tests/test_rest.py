@@ -1,5 +1,6 @@
 """The protocol over HTTP, on a real port: what Triton's and KServe's clients read and send."""
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -12,9 +13,11 @@ import pytest
 import pytest_asyncio
 
 from libs.doors.serve import MESSAGE_BYTES_MAX
+from services.inference import httpbody
 from services.inference.tensors import DTYPES
 from services.inference.tests.desk import Desk, echo
 from services.inference.tests.web import INFER, asked, listening, served, tensor
+from stack.testing import eventually
 
 LENGTH = "Inference-Header-Content-Length"
 
@@ -164,6 +167,29 @@ async def test_other_paths_and_verbs(http: httpx.AsyncClient) -> None:
     wrong = await http.delete("/v2/trace/setting")
     assert (wrong.status_code, wrong.json()) == (405, {"error": "Method Not Allowed"})
     assert set(wrong.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+
+
+async def test_bodies_on_their_way_are_bounded_over_all_clients(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(httpbody, "HELD_BYTES_MAX", 100_000)
+    first, over = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b" " * 90_000
+        first.set()
+        await over.wait()
+        yield json.dumps(asked()).encode()
+
+    async with listening(desk) as http:
+        slow = asyncio.create_task(http.post(INFER, content=slowly()))
+        await first.wait()
+        await eventually(lambda: httpbody.COMING.held >= 90_000)
+        refused = await http.post(INFER, content=b" " * 20_000)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        over.set()
+        assert (await slow).status_code == 200
+    assert httpbody.COMING.held == 0
 
 
 async def test_tokens_are_asked_for_but_not_by_health(desk: Desk) -> None:
