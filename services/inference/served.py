@@ -50,7 +50,6 @@ class Result(NamedTuple):
     outputs: Arrays
     place: str
     """Traceparent of the request's span; "" when it has none."""
-    batch_rows: int
 
 
 class Noted(NamedTuple):
@@ -86,7 +85,7 @@ class Waiting:
     ) -> None:
         if self.batched:
             outputs = {name: array[start:stop] for name, array in outputs.items()}
-        result = Result(outputs, note.place if note else "", batch_rows)
+        result = Result(outputs, note.place if note else "")
         self.loop.call_soon_threadsafe(self.settle, result)
 
     def failed(self, code: int, text: str) -> None:
