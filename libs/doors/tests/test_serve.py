@@ -22,6 +22,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLER = f"00-{TRACE}-00f067aa0ba902b7-01"
 LIST = "/v1/projects/p/models"
 
+
 @contextlib.asynccontextmanager
 async def both_doors(desk: Desk) -> AsyncIterator[tuple[grpc.aio.Channel, httpx.AsyncClient]]:
     def add(server: grpc.aio.Server) -> None:
