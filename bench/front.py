@@ -1,8 +1,9 @@
 """The front alone: `python -m bench.front [native|python] [MODEL ...]`, one core for it, one for
 h2load.
 
-Prints requests/s, what each costs the server, and h2load's latencies (min max mean sd) at three concurrencies for an identity float32[64] in numpy
-and for an mlp 64-128-10 through onnxruntime, and where a request's time went.
+Prints requests/s, what each costs the server, and h2load's latencies (min max mean sd) at three
+concurrencies for an identity float32[64] in numpy and for an mlp 64-128-10 through onnxruntime, and
+where a request's time went.
 """
 
 import asyncio

@@ -15,14 +15,19 @@ import grpc
 import httpx
 import numpy as np
 import onnx
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from onnx import TensorProto, helper, numpy_helper
 
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.contracts.protos import open_inference_pb2_grpc
+from services.inference import native
 from stack import ports
 from stack.testing import eventually
 
+NATIVE = pytest.mark.skipif(not native.available(), reason="leptonic_native is not built")
+FRONTS = ("python", pytest.param("native", marks=NATIVE))
+"""What a test of a running server is parametrised over."""
 CALLERS = 64
 WIDTH = 4
 STOP_S = 30.0

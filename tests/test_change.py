@@ -13,6 +13,7 @@ import pytest
 from stack.testing import eventually
 from tests.serving import (
     CALLERS,
+    FRONTS,
     SLOW,
     STEP,
     Load,
@@ -24,7 +25,7 @@ from tests.serving import (
     write_python,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("front", FRONTS)]
 SWAPS = 100
 SETTLED_AFTER = 20
 """Swaps until the allocator has what it will keep."""

@@ -21,7 +21,7 @@ import services.inference.statistics  # noqa: F401 - its metrics are registered 
 from libs import settings
 from libs.bus import STREAMS
 from libs.doors.serve import DRAIN_S, http_app
-from services.inference.rest import Rest
+from services.inference.openapi import document
 from services.preprocess.request_log import DURABLE
 from tests.manifests import build, is_target
 from tests.network import End, allowed
@@ -205,9 +205,8 @@ def test_probes_ask_what_is_answered(objects: list[Object]) -> None:
     async def ready() -> bool:
         return True
 
-    nobody: Any = None
     every = {route.path for route in http_app("", [], ready).routes if isinstance(route, Route)}
-    oip = {route.path for route in Rest(nobody, "", ready).routes()}
+    oip = set(document(asks_for_token=False)["paths"])
     for name, template in templates(objects):
         if name in SERVERS:
             continue

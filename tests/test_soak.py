@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import SLOW, Load, Server, answer, serving, write_adding, write_python
+from tests.serving import FRONTS, SLOW, Load, Server, answer, serving, write_adding, write_python
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.parametrize("front", FRONTS)]
 SOAK_ANSWERS = int(os.environ.get("SOAK_ANSWERS", "2000000"))
 ANSWERS_PER_S_MIN = 100
 """Slower than this it hangs."""

@@ -14,8 +14,9 @@ from leptonic.errors import Error
 from leptonic.stackfile import Stack
 
 from services.inference.tests.stage import digits
-from tests.serving import Server, answer, request, serving, write_adding
+from tests.serving import FRONTS, Server, answer, request, serving, write_adding
 
+pytestmark = pytest.mark.parametrize("front", FRONTS)
 TOKEN = "let-me-in"
 PREDICT = """
 import sys

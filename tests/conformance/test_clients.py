@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conformance import fixtures
 from tests.conformance.run import PASSED, Server, serving
+from tests.serving import FRONTS
 
+pytestmark = pytest.mark.parametrize("front", FRONTS)
 SCRIPT = Path(__file__).with_name("triton_client.py")
 CHECKS_S = 120
 
