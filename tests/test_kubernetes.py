@@ -17,11 +17,12 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-import services.inference.statistics  # noqa: F401 - its metrics are registered by that
 from libs import settings
 from libs.bus import STREAMS
 from libs.doors.serve import DRAIN_S, http_app
+from services.inference.endpoints import Endpoints
 from services.inference.openapi import document
+from services.inference.statistics import Statistics
 from services.preprocess.request_log import DURABLE
 from tests.manifests import build, is_target
 from tests.network import End, allowed
@@ -326,7 +327,9 @@ def test_what_is_scaled_exists_and_is_scaled_by_what_exists(production: list[Obj
 
 
 def metrics() -> set[str]:
-    return {one.name for one in prometheus_client.REGISTRY.collect()}
+    nobody: Any = None
+    of_models = Statistics(Endpoints(nobody, nobody, "default")).collect()
+    return {one.name for one in (*prometheus_client.REGISTRY.collect(), *of_models)}
 
 
 def test_a_rollout_keeps_every_door_open(objects: list[Object]) -> None:
