@@ -116,7 +116,11 @@ class Inference(inference_pb2_grpc.InferenceServicer):
         targets = []
         for target in endpoint.deployment.targets:
             known = msgspec.structs.asdict(counts[target.number]) if target.number in counts else {}
-            known |= {"number": target.number, "percent": target.percent}
+            known |= {
+                "number": target.number,
+                "percent": target.percent,
+                "quarantined": str(target.number) in endpoint.quarantined,
+            }
             targets.append(inference_pb2.EndpointTarget(**known))
         return inference_pb2.Endpoint(
             model=endpoint.model, generation=endpoint.generation, targets=targets

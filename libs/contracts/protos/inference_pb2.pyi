@@ -192,12 +192,15 @@ class EndpointTarget(message.Message):
     ERRORS_FIELD_NUMBER: builtins.int
     LABELLED_FIELD_NUMBER: builtins.int
     CORRECT_FIELD_NUMBER: builtins.int
+    QUARANTINED_FIELD_NUMBER: builtins.int
     number: builtins.int
     percent: builtins.int
     requests: builtins.int
     errors: builtins.int
     labelled: builtins.int
     correct: builtins.int
+    quarantined: builtins.bool
+    """It crashed too often, and another version serves in its place."""
     def __init__(
         self,
         *,
@@ -207,9 +210,10 @@ class EndpointTarget(message.Message):
         errors: builtins.int = ...,
         labelled: builtins.int = ...,
         correct: builtins.int = ...,
+        quarantined: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["correct", b"correct", "errors", b"errors", "labelled", b"labelled", "number", b"number", "percent", b"percent", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["correct", b"correct", "errors", b"errors", "labelled", b"labelled", "number", b"number", "percent", b"percent", "quarantined", b"quarantined", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
