@@ -25,7 +25,7 @@ from tests.serving import (
     write_python,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("front", FRONTS)]
+pytestmark = [pytest.mark.resilience, pytest.mark.parametrize("front", FRONTS)]
 SWAPS = 100
 SETTLED_AFTER = 20
 """Swaps until the allocator has what it will keep."""

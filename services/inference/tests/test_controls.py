@@ -63,7 +63,7 @@ class Shelf:
     async def unload(self, name: str) -> None:
         self.asked.append(name)
 
-    def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
+    async def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
         return [("m", "", "UNAVAILABLE", "unloaded")]
 
 
