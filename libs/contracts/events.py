@@ -25,12 +25,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     project: str
 
 
-class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Integer amounts, for one worker of a gang or the capacity of a node."""
+class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Integer amounts, for one worker of a gang or the capacity of a node.
+
+    Defaults are left out on the wire, so that a release that knows no `gpus` reads the rest.
+    """
 
     cpu_milli: int = 1000
     memory_mib: int = 512
     gpu_milli: int = 0
+    """Of each of its GPUs; a worker takes at most 1000, and exactly 1000 of each of several."""
+    gpus: int = 1
+    """Without effect where `gpu_milli` is 0; a node with 8 whole GPUs has 1000 of each of 8."""
 
 
 class PipelineApplied(Event, frozen=True, kw_only=True):
@@ -106,6 +112,15 @@ class JobRequested(Event, frozen=True, kw_only=True):
     resources: Resources = Resources()
     attempts_max: int = 5
     spec: dict[str, Any] = {}
+    gpu_models: list[str] = []
+    """Any of these; empty for any at all."""
+    labels: dict[str, str] = {}
+    """Its nodes carry all of them."""
+    topology: Literal["node", "any"] = "node"
+    """The whole gang on one node, or over the fewest nodes that have room."""
+    duration_s: int = 0
+    """An upper bound, for backfill; 0 where it is not known."""
+    preemptible: bool = True
 
 
 class JobCancelled(Event, frozen=True, kw_only=True):
@@ -118,8 +133,20 @@ class JobCancelled(Event, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class Share(msgspec.Struct, frozen=True):
+    """What one node holds of a gang."""
+
+    node: str
+    workers: int
+    rank: int = 0
+    """Of its first worker; the others follow."""
+
+
 class AttemptPlaced(Event, frozen=True, kw_only=True):
-    """The scheduler's instruction: the named node's agent starts this attempt."""
+    """The scheduler's instruction: the named node's agent starts this share of an attempt.
+
+    A gang over several nodes is one attempt under one token, told to each of them.
+    """
 
     entity: ClassVar[str] = "attempt"
     verb: ClassVar[str] = "placed"
@@ -131,7 +158,14 @@ class AttemptPlaced(Event, frozen=True, kw_only=True):
     node: str
     kind: str
     workers: int
+    """On this node."""
     spec: dict[str, Any] = {}
+    rank: int = 0
+    """Of the first worker here."""
+    gpus: list[list[int]] = []
+    """Of each worker here, the node's GPUs it takes."""
+    gang: list[Share] = []
+    """All nodes of the attempt, by rank."""
 
 
 class AttemptStopped(Event, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from services.scheduler.jobs import (
     Placement,
 )
 from services.scheduler.nodes import Node, minus, plus
-from services.scheduler.stimuli import Running
+from services.scheduler.stimuli import QueueSpec, Running
 
 
 class Impossible(AssertionError):
@@ -59,6 +59,7 @@ class Book:
         """By name, sorted: the order of first fit."""
         self.queues: dict[str, list[tuple[int, int, Key]]] = {}
         self.finished: dict[Key, None] = {}
+        self.specs: dict[str, QueueSpec] = {}
         self.decided: list[Event] = []
 
     def add(self, request: JobRequested, traceparent: str) -> Job:

@@ -53,7 +53,16 @@ from services.scheduler.nodes import (
     total,
 )
 from services.scheduler.placement import explain, first_fit
-from services.scheduler.stimuli import Heartbeat, JobSubmitted, Running, Stimulus, Tick
+from services.scheduler.stimuli import (
+    Heartbeat,
+    JobSubmitted,
+    QueueApplied,
+    QueueDeleted,
+    QueueSpec,
+    Running,
+    Stimulus,
+    Tick,
+)
 
 FINISHED_MAX = 10_000
 """Ended jobs that are remembered; the oldest are forgotten first."""
@@ -68,6 +77,7 @@ class State(msgspec.Struct, kw_only=True):
     jobs: list[Job]
     nodes: list[Node]
     finished: list[Key]
+    specs: list[QueueSpec] = []
 
 
 class Scheduler(Book):
@@ -95,6 +105,10 @@ class Scheduler(Book):
                 return any(self.is_alive(name) for name in stimulus.silent)
             case Heartbeat():
                 return self.tells_something(stimulus)
+            case QueueApplied():
+                return self.specs.get(stimulus.spec.queue) != stimulus.spec
+            case QueueDeleted():
+                return stimulus.queue in self.specs
         return True
 
     def is_alive(self, name: str) -> bool:
@@ -182,6 +196,12 @@ class Scheduler(Book):
             if self.is_alive(name):
                 reason = f"node {name} was silent for more than {SILENT_S:g} s"
                 self.turn(self.nodes[name], UNHEALTHY, reason)
+
+    def on_queue_applied(self, applied: QueueApplied) -> None:
+        self.specs[applied.spec.queue] = applied.spec
+
+    def on_queue_deleted(self, deleted: QueueDeleted) -> None:
+        self.specs.pop(deleted.queue, None)
 
     # --- nodes
 
@@ -285,6 +305,7 @@ class Scheduler(Book):
             jobs=list(self.jobs.values()),
             nodes=list(self.nodes.values()),
             finished=list(self.finished),
+            specs=list(self.specs.values()),
         )
 
     def validate(self) -> None:
@@ -328,6 +349,7 @@ def restore(state: State) -> Scheduler:
     scheduler.jobs = {job.key: job for job in state.jobs}
     scheduler.nodes = {node.node: node for node in state.nodes}
     scheduler.finished = dict.fromkeys(state.finished)
+    scheduler.specs = {spec.queue: spec for spec in state.specs}
     for job in state.jobs:
         if job.state == WAITING:
             scheduler.enqueue(job)
@@ -352,6 +374,8 @@ STIMULI: dict[type[Stimulus], Callable[[Scheduler, Any], None]] = {
     AttemptFailed: Scheduler.on_failed,
     Heartbeat: Scheduler.on_heartbeat,
     Tick: Scheduler.on_tick,
+    QueueApplied: Scheduler.on_queue_applied,
+    QueueDeleted: Scheduler.on_queue_deleted,
 }
 
 NodeMove = Callable[[Scheduler, Node, str], None]

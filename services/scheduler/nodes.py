@@ -14,7 +14,7 @@ SILENT_S = 5.0
 DEAF_S = 2.0
 """The scheduler hears its own ping every tick; longer without it, its ears are to blame."""
 NOTHING = Resources(cpu_milli=0, memory_mib=0, gpu_milli=0)
-DIMENSIONS = Resources.__struct_fields__
+DIMENSIONS = ("cpu_milli", "memory_mib", "gpu_milli")
 
 
 class Node(msgspec.Struct, kw_only=True):

@@ -180,7 +180,11 @@ def queue_of(name: str, active: list[jobs.Job]) -> Queue:
 
 
 def resources_of(amounts: Amounts) -> Resources:
-    return Resources(**msgspec.structs.asdict(amounts))
+    return Resources(
+        cpu_milli=amounts.cpu_milli,
+        memory_mib=amounts.memory_mib,
+        gpu_milli=amounts.gpu_milli * amounts.gpus,
+    )
 
 
 def time_of(unix_s: float) -> str:

@@ -4,7 +4,7 @@ Requests and results come from the bus as the contracts' own events, heartbeats 
 from the clock.
 """
 
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 
@@ -46,12 +46,55 @@ class Heartbeat(msgspec.Struct, frozen=True):
     capacity: Resources
     running: list[Running] = []
     health: str = "Healthy"
+    gpu_model: str = ""
+    """All GPUs of a node are of one model."""
+    labels: dict[str, str] = {}
 
 
 class Tick(msgspec.Struct, frozen=True):
     """Time passed, and these nodes were silent for too long."""
 
     silent: list[str] = []
+
+
+class QueueSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A queue, in Kueue's words. Amounts are by resource: `cpu_milli`, `memory_mib`, `gpu_milli`,
+    or `gpu_milli/<MODEL>` for the GPUs of one model.
+    """
+
+    queue: str
+    cohort: str = ""
+    """Queues of one cohort lend each other what they do not use; "" for alone."""
+    nominal: dict[str, int] = {}
+    """What is its own; a resource that is not named is not limited."""
+    borrowing_limit: dict[str, int] = {}
+    """At most so much more than its own; not named: whatever the cohort lends."""
+    lending_limit: dict[str, int] = {}
+    """At most so much of its own; not named: all of it."""
+    weight: int = 1000
+    """Milli, in the fair share of what is borrowed."""
+    order: Literal["priority", "attained"] = "priority"
+    """`attained`: least attained service first, for jobs whose duration nobody knows."""
+    within_queue: Literal["never", "lower"] = "never"
+    """Which jobs of this queue may be preempted for another of its own."""
+    reclaim: Literal["never", "lower", "any"] = "never"
+    """Which borrowers of the cohort may be preempted for what is this queue's own."""
+    grace_s: int = 0
+    """How long a borrower may keep what is reclaimed."""
+    aging_s: int = 0
+    """Waiting so long raises a job's priority by 1; 0 for never."""
+
+
+class QueueApplied(msgspec.Struct, frozen=True):
+    """The queue is as this says from now on."""
+
+    spec: QueueSpec
+
+
+class QueueDeleted(msgspec.Struct, frozen=True):
+    """Its jobs stay, without quota and by priority."""
+
+    queue: str
 
 
 Stimulus = (
@@ -62,6 +105,8 @@ Stimulus = (
     | AttemptFailed
     | Heartbeat
     | Tick
+    | QueueApplied
+    | QueueDeleted
 )
 BY_NAME: dict[str, type[Stimulus]] = {kind.__name__: kind for kind in get_args(Stimulus)}
 
