@@ -1,0 +1,202 @@
+"""Policies: what a node is worth to a shape that fits there, and which of its GPUs it takes.
+
+Scores are integers and depend on nothing but the node's state, so that they can be kept, and
+computed again elsewhere (native/placement.cpp has the same formulas). More is better; the pool
+breaks ties by the order of the nodes' names. The formulas are those of FGD's artifact
+(hkust-adsl/kubernetes-scheduler-simulator, ATC'23) in integers: their quantisation to 0..100
+decides as much as the formulas do.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from services.scheduler.shapes import GPU_MILLI, Free, Machine, Shape, admits
+
+CPU_UNIT, GPU_UNIT = 128_000, 8_000
+"""The artifact's largest node, in milli: what 1.0 of a resource is in best fit and dot product."""
+QUANTA = 100
+
+
+class View(msgspec.Struct):
+    """What a policy sees of a node."""
+
+    machine: Machine
+    free: Free
+    held: tuple[int, ...] = ()
+    """The sorts of its GPU workers, each once: their numbers of GPUs, 0 for a part of one."""
+
+
+Choice = tuple[int, tuple[int, ...]]
+"""A score and the GPUs."""
+Policy = Callable[[View, Shape], Choice]
+
+
+def tightest(free: Free, shape: Shape) -> tuple[int, ...]:
+    """The GPUs that have the least left and still enough, the first of equal ones."""
+    fitting = [i for i, left in enumerate(free.gpus) if left >= shape.gpu_milli]
+    return tuple(sorted(sorted(fitting, key=lambda i: (free.gpus[i], i))[: shape.gpus]))
+
+
+def candidates(free: Free, shape: Shape) -> list[tuple[int, ...]]:
+    """The choices that differ: for a part of a GPU each that has enough."""
+    if shape.gpus == 1 and shape.gpu_milli < GPU_MILLI:
+        return [(i,) for i, left in enumerate(free.gpus) if left >= shape.gpu_milli]
+    return [tightest(free, shape)]
+
+
+def sort_of(shape: Shape) -> int:
+    return shape.gpus if shape.gpu_milli == GPU_MILLI else 0
+
+
+def after(free: Free, shape: Shape, gpus: Sequence[int]) -> Free:
+    left = list(free.gpus)
+    for i in gpus:
+        left[i] -= shape.gpu_milli
+    cpu_milli, memory_mib = free.cpu_milli - shape.cpu_milli, free.memory_mib - shape.memory_mib
+    return Free(cpu_milli, memory_mib, tuple(left))
+
+
+def best_fit(view: View, shape: Shape) -> Choice:
+    """The less is left, the better: half by CPU, half by GPU."""
+    gpus = tightest(view.free, shape)
+    left = after(view.free, shape, gpus)
+    spare = left.cpu_milli * GPU_UNIT + sum(left.gpus) * CPU_UNIT
+    whole = 2 * CPU_UNIT * GPU_UNIT
+    return QUANTA * (whole - spare) // whole, gpus
+
+
+def packing(view: View, shape: Shape) -> Choice:
+    """GPUs in use first, then free ones of a node in use, then a free node."""
+    if not shape.gpus:
+        return 0, ()
+    gpus = tightest(view.free, shape)
+    free = view.free.gpus
+    whole = free.count(GPU_MILLI)
+    if whole == len(free):
+        return max(QUANTA // 3 - whole, whole), gpus
+    fresh = sum(free[i] == GPU_MILLI for i in gpus)
+    if fresh:
+        return max(QUANTA // 2 - fresh, QUANTA // 3), gpus
+    spare = sum(free[i] * 100 // GPU_MILLI for i in gpus)
+    return max(QUANTA - spare // 10, QUANTA // 2), gpus
+
+
+def clustering(view: View, shape: Shape) -> Choice:
+    """Beside workers of the same number of GPUs; then on a free node; then beside others."""
+    if not shape.gpus:
+        return 0, ()
+    if sort_of(shape) in view.held:
+        quarter = 3 if len(view.held) == 1 else 2
+    else:
+        quarter = 0 if view.held else 1
+    used = max(0, GPU_UNIT - sum(view.free.gpus))
+    return QUANTA // 4 * (used + quarter * GPU_UNIT) // GPU_UNIT, tightest(view.free, shape)
+
+
+def dot_product(view: View, shape: Shape) -> Choice:
+    """Where what is asked for points away from what is free, one used GPU or all free ones seen."""
+    free = view.free
+    sides: list[Choice] = []
+    if shape.gpus <= 1 and shape.gpu_milli < GPU_MILLI:
+        used = [(left, (i,)[: shape.gpus]) for i, left in enumerate(free.gpus) if left < GPU_MILLI]
+        sides = [(left, gpus) for left, gpus in used if left >= shape.gpu_milli]
+    whole = [i for i, left in enumerate(free.gpus) if left == GPU_MILLI]
+    if len(whole) >= shape.gpus:
+        sides.append((len(whole) * GPU_MILLI, tuple(whole[: shape.gpus])))
+    wanted = shape.gpus * shape.gpu_milli * (CPU_UNIT // GPU_UNIT) ** 2
+    full = 2 * CPU_UNIT**2
+    scored = [
+        (QUANTA * (full - shape.cpu_milli * free.cpu_milli - wanted * left) // full, gpus)
+        for left, gpus in sides
+    ]
+    return max(scored, key=lambda choice: choice[0])
+
+
+WORD = (1 << 64) - 1
+
+
+def mixed(word: int) -> int:
+    """Splitmix64's finaliser: every bit of the word moves every bit of the result."""
+    word = (word + 0x9E3779B97F4A7C15) & WORD
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & WORD
+    return word ^ word >> 31
+
+
+def hashed(name: str) -> int:
+    """FNV-1a."""
+    word = 0xCBF29CE484222325
+    for byte in name.encode():
+        word = (word ^ byte) * 0x100000001B3 & WORD
+    return word
+
+
+def random(salt: int) -> Policy:
+    """Any node, by lot; the salt is of the whole pool's state, so that every placement draws."""
+
+    def choose(view: View, shape: Shape) -> Choice:
+        lot = mixed(salt ^ hashed(view.machine.node))
+        return lot >> 1, tightest(view.free, shape)
+
+    return choose
+
+
+class Fragments(msgspec.Struct, frozen=True):
+    """Typical shapes: what is left on a node is a fragment to those that cannot use it."""
+
+    shapes: tuple[Shape, ...] = ()
+    weights: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
+    """The least gradient, times the sum of weights, of score 1, 2, ... 99."""
+
+    def fragment(self, machine: Machine, free: Free) -> int:
+        """Milli of GPU that a worker cannot use, summed over the typical ones with their weights.
+
+        All that is left when it cannot run here (or needs no GPU), else what is left on the GPUs
+        too full for it: F of the paper.
+        """
+        total = sum(free.gpus)
+        amount = 0
+        for shape, weight in zip(self.shapes, self.weights, strict=True):
+            fitting = [left for left in free.gpus if left >= shape.gpu_milli]
+            runs = (
+                0 < shape.gpus <= len(fitting)
+                and shape.cpu_milli <= free.cpu_milli
+                and admits(machine, shape)
+            )
+            amount += weight * (total - sum(fitting) if runs else total)
+        return amount
+
+    def score(self, gradient: int) -> int:
+        """100 x the sigmoid of the fragments that go away, in GPUs, rounded down."""
+        return sum(step <= gradient for step in self.steps)
+
+
+def fragments(typical: Sequence[tuple[Shape, int]]) -> Fragments:
+    """Shapes and how often they come -> what the policy needs of them."""
+    total = sum(weight for _, weight in typical)
+    logits = [math.log(k / (QUANTA - k)) for k in range(1, QUANTA)]
+    return Fragments(
+        shapes=tuple(shape for shape, _ in typical),
+        weights=tuple(weight for _, weight in typical),
+        steps=tuple(math.ceil(GPU_MILLI * total * logit) for logit in logits),
+    )
+
+
+def fgd(known: Fragments) -> Policy:
+    """Fragmentation gradient descent: where placing it makes the fewest fragments."""
+
+    def choose(view: View, shape: Shape) -> Choice:
+        before = known.fragment(view.machine, view.free)
+        best: Choice | None = None
+        for gpus in candidates(view.free, shape):
+            gone = before - known.fragment(view.machine, after(view.free, shape, gpus))
+            choice = known.score(gone), gpus
+            if best is None or choice[0] > best[0]:
+                best = choice
+        assert best is not None
+        return best
+
+    return choose
