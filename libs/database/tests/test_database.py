@@ -171,6 +171,23 @@ async def test_news_leaves_in_order_with_its_trace(db: Database, bus: JetStreamB
     assert (envelope.source, first.headers["Nats-Msg-Id"]) == ("/leptonic/notes", envelope.id)
 
 
+async def test_a_batch_takes_effect_once_and_its_news_leaves_in_order(
+    db: Database, bus: JetStreamBus
+) -> None:
+    place = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+    async with db.transaction() as tx:
+        assert await tx.first_times(["a", "b", "a"]) == {"a", "b"}
+        await tx.emit(cancelled(0))
+        await tx.emit_all([(cancelled(number), place) for number in range(1, 300)])
+    async with db.transaction() as tx:
+        assert await tx.first_times(["b", "c"]) == {"c"}
+        assert not await tx.first_time("a")
+    assert [await db.relay_once(bus) for _ in range(3)] == [256, 44, 0]
+    assert await jobs(bus) == [f"job-{number}" for number in range(300)]
+    *_, last = await bus.read(EVENTS, "events.>", 0, 1000)
+    assert last.headers["traceparent"] == place
+
+
 async def test_two_relays_publish_once_and_in_order(
     postgres_dsn: str, db: Database, bus: JetStreamBus
 ) -> None:
