@@ -318,6 +318,10 @@ class DeploymentUpdated(Event, frozen=True, kw_only=True):
     targets: list[Target]
     batching: dict[str, Any] = {}
     request_log_percent: int = 100
+    autoscaling: dict[str, Any] = {}
+    """As `libs.contracts.autoscaling.Autoscaling`; empty: there are always `replicas`."""
+    resources: Resources = Resources(cpu_milli=200, memory_mib=256)
+    """Of one replica."""
 
 
 class DeploymentReady(Event, frozen=True, kw_only=True):

@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 import msgspec
 import yaml
+from msgspec import UNSET, UnsetType
+
+from libs.contracts import autoscaling
+from libs.contracts.autoscaling import Autoscaling
 
 TYPES = ("bool", "int32", "int64", "uint8", "float32", "float64", "string")
 ROLES = ("feature", "label", "ignore")
@@ -124,6 +128,8 @@ class Deployment(Strict, frozen=True):
     canary: Canary = Canary()
     batching: Batching = Batching()
     request_log_percent: int = 100
+    autoscaling: Autoscaling | UnsetType = UNSET
+    """Instead of `replicas`."""
 
 
 class DriftTrigger(Strict, frozen=True):
@@ -370,6 +376,7 @@ def check_deployment(deployment: Deployment) -> None:
     canary, batching = deployment.canary, deployment.batching
     path = "$.deployment"
     check_range(f"{path}.replicas", deployment.replicas, 0, 1024)
+    check_autoscaling(path, deployment)
     check_range(f"{path}.request_log_percent", deployment.request_log_percent, 0, 100)
     check_range(f"{path}.canary.trafficPercent", canary.traffic_percent, 1, 99)
     check_range(f"{path}.canary.min_requests", canary.min_requests, 1, 1 << 31)
@@ -389,6 +396,15 @@ def check_deployment(deployment: Deployment) -> None:
     )
     for size in batching.preferred_batch_size:
         check_range(f"{path}.batching.preferred_batch_size", size, 1, batching.max_batch_size)
+
+
+def check_autoscaling(path: str, deployment: Deployment) -> None:
+    if deployment.autoscaling is UNSET:
+        return
+    if deployment.replicas != 1:
+        raise Invalid(f"{path}.replicas", "deployment.autoscaling says how many there are")
+    if problem := autoscaling.problem_of(deployment.autoscaling):
+        raise Invalid(f"{path}.autoscaling.{problem[0]}", problem[1])
 
 
 def check_triggers(triggers: Triggers) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from msgspec import UNSET, structs
+
 from libs.contracts.artifacts import Evaluation
 from libs.contracts.events import (
     DeploymentUpdated,
@@ -219,7 +221,6 @@ def deploy_first(before: Deployment, stimulus: Passed) -> Outcome:
         project=before.project,
         job=f"serve-{before.model}",
         kind="serve",
-        workers=max(before.settings.replicas, 1),
         resources=SERVE_RESOURCES,
         attempts_max=SERVE_ATTEMPTS_MAX,
         spec={"model": before.model},
@@ -371,7 +372,7 @@ def updated(
 
 
 def news_of(deployment: Deployment) -> DeploymentUpdated:
-    batching = deployment.settings.batching
+    batching, autoscaling = deployment.settings.batching, deployment.settings.autoscaling
     return DeploymentUpdated(
         project=deployment.project,
         model=deployment.model,
@@ -380,6 +381,8 @@ def news_of(deployment: Deployment) -> DeploymentUpdated:
         targets=deployment.targets,
         batching={name: getattr(batching, name) for name in batching.__struct_fields__},
         request_log_percent=deployment.settings.request_log_percent,
+        autoscaling={} if autoscaling is UNSET else structs.asdict(autoscaling),
+        resources=SERVE_RESOURCES,
     )
 
 

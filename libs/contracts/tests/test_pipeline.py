@@ -163,6 +163,18 @@ def test_names(field: str, name: str) -> None:
         ({"gates": [{"metric": "mae", "max": 1}]}, "$.gates[0].metric", "no metric 'mae'"),
         ({"gates": [{"metric": "loss"}]}, "$.gates[0]", "a gate needs min, max or max_drop"),
         ({"deployment__replicas": -1}, "$.deployment.replicas", "got -1"),
+        (
+            {"deployment__autoscaling": {"min_replicas": 3, "max_replicas": 2}},
+            "$.deployment.autoscaling.max_replicas",
+            "3 to 1024, got 2",
+        ),
+        (
+            {"deployment": {"model": "m", "replicas": 2, "autoscaling": {}}},
+            "$.deployment.replicas",
+            "deployment.autoscaling says how many there are",
+        ),
+        ({"deployment__autoscaling": {"idle_s": 0}}, "$.deployment.autoscaling.idle_s", "got 0"),
+        ({"deployment__autoscaling": {"max": 0}}, "$.deployment.autoscaling.max", "unknown key"),
         ({"deployment__request_log_percent": 101}, "$.deployment.request_log_percent", "got 101"),
         ({"deployment__canary__trafficPercent": 100}, "$.deployment.canary.trafficPercent", "100"),
         ({"deployment__canary__min_requests": 0}, "$.deployment.canary.min_requests", "got 0"),

@@ -2,11 +2,13 @@
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from libs.contracts.autoscaling import Autoscaling
 from libs.contracts.events import (
     DeploymentUpdated,
     JobRequested,
@@ -87,16 +89,22 @@ def test_the_first_version_gets_all_traffic_and_a_serve_job() -> None:
     assert (job.job, job.kind, job.workers, job.spec) == (
         "serve-digits",
         "serve",
-        2,
+        1,
         {"model": "digits"},
     )
+    assert (updated.autoscaling, updated.resources) == ({}, job.resources)
 
 
-def test_a_deployment_of_no_replicas_still_asks_for_one_worker() -> None:
-    empty = Deployment("default", "digits", Settings(model="digits", replicas=0))
-    job = handle(empty, ONE).events[-1]
-    assert isinstance(job, JobRequested)
-    assert job.workers == 1
+def test_what_scales_a_deployment_is_told_with_every_generation() -> None:
+    wanted = Autoscaling(min_replicas=0, max_replicas=3)
+    scaled = Settings(model="digits", autoscaling=wanted)
+    _, updated, job = handle(Deployment("default", "digits", scaled), ONE).events
+    assert isinstance(updated, DeploymentUpdated)
+    assert msgspec.convert(updated.autoscaling, Autoscaling) == wanted
+    assert isinstance(job, JobRequested), "the first version is served before anybody asks"
+    (again,) = handle(after(ONE).deployment, Configured(scaled)).events
+    assert isinstance(again, DeploymentUpdated)
+    assert again.autoscaling["max_replicas"] == wanted.max_replicas
 
 
 def test_a_later_version_is_a_canary() -> None:
