@@ -24,11 +24,10 @@ import numpy as np
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
-from services.inference import native, python_front
+from services.inference import fronts
 from services.inference.front import Batcher, Lane, Sampling
 from services.inference.tensors import Arrays
 
-MODULES = {"native": native, "python": python_front}
 LOADS = {1: 1, 8: 8, 64: 8}
 """Concurrency -> connections."""
 SECONDS = 3
@@ -119,7 +118,8 @@ def load(port: int, body: str, concurrency: int) -> tuple[float, str]:
 async def measure(kind: str, name: str) -> None:
     make, width = MODELS[name]
     run = make()
-    front: Any = await MODULES[kind].open_front("127.0.0.1", 0, False, lambda call: None, ())
+    front: Any = fronts.make(kind, lambda call: None, ())
+    await front.listen("127.0.0.1", 0, False)
     takes, gives = Tensor("IN", "FP32", [-1, WIDTH]), Tensor("OUT", "FP32", [-1, width])
     batcher = front.batcher(Lane(name, "1", Signature([takes], [gives]), True, False))
     batcher.configure(Batching(), Sampling(0.0, 0, 0.0))

@@ -188,24 +188,6 @@ def available() -> bool:
     return find_spec(EXTENSION) is not None
 
 
-def make(on_call: Callable[[ServerCall], None], tokens: Collection[str]) -> NativeFront:
-    """Raises `ImportError` where the extension is missing."""
-    return NativeFront(on_call, tokens)
-
-
-async def open_front(
-    host: str,
-    port: int,
-    shared: bool,
-    on_call: Callable[[ServerCall], None],
-    tokens: Collection[str],
-) -> NativeFront:
-    """Raises `OSError` when the port is in use."""
-    front = make(on_call, tokens)
-    await front.listen(host, port, shared)
-    return front
-
-
 def typed(given: Sequence[Tensor]) -> list[tuple[str, str, list[int], Any]]:
     return [(one.name, one.datatype, one.shape, tensors.DTYPES[one.datatype]) for one in given]
 

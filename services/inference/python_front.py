@@ -260,16 +260,3 @@ class PythonFront:
         except TimeoutError:
             for connection in list(self.connections):
                 connection.cut()
-
-
-async def open_front(
-    host: str,
-    port: int,
-    shared: bool,
-    on_call: Callable[[ServerCall], None],
-    tokens: Collection[str],
-) -> PythonFront:
-    """Raises `OSError` when the port is in use."""
-    front = PythonFront(on_call, tokens)
-    await front.listen(host, port, shared)
-    return front

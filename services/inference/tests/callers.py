@@ -1,6 +1,5 @@
 """Both batchers, a model that marks its answers, and callers that keep what they were told."""
 
-import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import pytest
 
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
+from services.inference import fronts
 from services.inference.front import Batch, Batcher, Lane, Note, Sampling
 from services.inference.python_batcher import PythonBatcher
 from services.inference.tensors import Arrays
@@ -39,9 +39,7 @@ def python(lane: Lane) -> Batcher:
 
 def native(lane: Lane) -> Batcher:
     pytest.importorskip("leptonic_native", reason="the extension is not built here")
-    front = importlib.import_module("services.inference.native").make(lambda _: None, ())
-    batcher: Batcher = front.batcher(lane)
-    return batcher
+    return fronts.make("native", lambda _: None, ()).batcher(lane)
 
 
 Make = Callable[[Lane], Batcher]

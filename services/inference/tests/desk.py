@@ -22,7 +22,7 @@ from services.inference.rpc import Host
 from services.inference.served import Rates
 from services.inference.server import MODEL_INFER, MODEL_STREAM_INFER, OpenInference
 from services.inference.tensors import Arrays
-from services.inference.tests.fronts import opener
+from services.inference.tests import fronts
 
 RATES = Rates(traces_per_s=60, log_per_s=0)
 BROKEN = -1
@@ -137,7 +137,7 @@ async def ready() -> bool:
 @contextlib.asynccontextmanager
 async def opened(repository: Any = None, kind: str = "python") -> AsyncIterator[Desk]:
     host = Host([MODEL_INFER, MODEL_STREAM_INFER])
-    front = await opener(kind)("127.0.0.1", 0, False, host.host, [])
+    front = await fronts.opened(kind, host.host)
     endpoints = Endpoints(front, Notes(None, "test", RATES), "default")
     service = OpenInference(endpoints, "triton", ready, repository)
     open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, host)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
@@ -18,8 +17,9 @@ from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.contracts.protos import open_inference_pb2_grpc
 from libs.doors import Invalid
-from services.inference import frames, python_front
-from services.inference.front import Batcher, Front, Lane, Sampling
+from services.inference import frames, fronts
+from services.inference import native as native_front
+from services.inference.front import Batcher, Front, Lane, Sampling, ServerCall
 from services.inference.rpc import Host
 from services.inference.tensors import Arrays
 
@@ -32,20 +32,21 @@ PAIR = Signature(
 )
 SAID_BY_PYTHON = "said by Python"
 ECHO = "/test.Echo/"
-Opener = Callable[..., Awaitable[Front]]
 
 
 def kinds() -> list[Any]:
-    missing = importlib.util.find_spec("leptonic_native") is None
+    missing = not native_front.available()
     native = pytest.mark.skipif(missing, reason="the extension leptonic_native is not built here")
     return ["python", pytest.param("native", marks=native)]
 
 
-def opener(kind: str) -> Opener:
-    if kind == "python":
-        return python_front.open_front
-    module = importlib.import_module("services.inference.native")
-    return module.open_front  # type: ignore[no-any-return]
+async def opened(
+    kind: str, on_call: Callable[[ServerCall], None], tokens: Collection[str] = (), port: int = 0
+) -> Front:
+    """Listens, beside others where it is told the port."""
+    front = fronts.make(kind, on_call, tokens)
+    await front.listen("127.0.0.1", port, port != 0)
+    return front
 
 
 def digits(version: str) -> Lane:
@@ -141,7 +142,7 @@ class Place:
 @contextlib.asynccontextmanager
 async def place(kind: str, tokens: Collection[str] = (), port: int = 0) -> AsyncIterator[Place]:
     host = Host()
-    front = await opener(kind)("127.0.0.1", port, port != 0, host.host, tokens)
+    front = await opened(kind, host.host, tokens, port)
     made = Place(front, host)
     try:
         yield made

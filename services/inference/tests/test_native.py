@@ -23,7 +23,6 @@ from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference import frames, tensors
-from services.inference import native as native_front
 from services.inference.front import Batch, Lane, Sampling, ServerCall
 from services.inference.rpcs import MODEL_INFER, TEXT_BYTES_MAX
 from services.inference.tensors import Arrays
@@ -33,6 +32,7 @@ from services.inference.tests.fronts import (
     POST,
     SILENT,
     digits,
+    opened,
     place,
     prefixed,
     refusal,
@@ -246,7 +246,7 @@ async def refused_with(text: str, trailing: Sequence[tuple[str, str]]) -> tuple[
     def answer(call: ServerCall) -> None:
         call.finish(INTERNAL, text, trailing)
 
-    front = await native_front.open_front("127.0.0.1", 0, False, answer, ())
+    front = await opened("native", answer)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
         call: Any = channel.unary_unary(ECHO + "Unary")
         said = await refusal(call(b"", timeout=20))
@@ -304,8 +304,8 @@ def test_a_waiter_that_raises_keeps_nobody_from_hearing(
 
 async def test_calls_that_python_has_not_heard_of_are_bounded() -> None:
     """Nothing yields to the event loop before all is asked."""
-    opened: list[ServerCall] = []
-    front = await native_front.open_front("127.0.0.1", 0, False, opened.append, ())
+    heard: list[ServerCall] = []
+    front = await opened("native", heard.append)
     large = [(b":path", b"/a"), *POST, (b"x", b"y" * METADATA_BYTES)]
     block = frames.block(large)
     parts = [block[at : at + 16384] for at in range(0, len(block), 16384)]
@@ -319,12 +319,12 @@ async def test_calls_that_python_has_not_heard_of_are_bounded() -> None:
             client.sendall(frames.frame(frames.CONTINUATION, flags, stream, part))
         client.sendall(frames.frame(frames.DATA, frames.END_STREAM, stream, b"\x02" + bytes(4)))
     client.sendall(frames.frame(frames.PING, 0, 0, bytes(8)))
-    heard = b""
-    while frames.frame(frames.PING, 1, 0, bytes(8)) not in heard:
-        heard += client.recv(1 << 16)
+    said = b""
+    while frames.frame(frames.PING, 1, 0, bytes(8)) not in said:
+        said += client.recv(1 << 16)
     client.close()
-    await eventually(lambda: opened)
-    assert len(opened) * METADATA_BYTES <= 65 << 20
+    await eventually(lambda: heard)
+    assert len(heard) * METADATA_BYTES <= 65 << 20
     await front.close(0)
 
 
