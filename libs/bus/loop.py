@@ -64,16 +64,23 @@ async def run(
     handlers: Handlers,
     context: Any,
     transient: tuple[type[Exception], ...] = (OSError,),
+    *,
+    together: bool = False,
 ) -> None:
     """Handles events one after the other until cancelled.
 
     An error in `transient` is tried again for as long as it lasts; any other is tried
     `ATTEMPTS_MAX` times and then dead-lettered under `dlq.events.<service>`.
+
+    `together`: those of one fetch begin in order, and none waits for the one before to end; for
+    handlers that keep the order themselves and commit as a group.
     """
     subscription = await bus.subscribe(EVENTS, service, subjects_of(handlers), ACK_WAIT_S)
     async with metrics.watched(subscription, EVENTS, service):
         while True:
-            await run_once(bus, subscription, service, handlers, context, transient)
+            await run_once(
+                bus, subscription, service, handlers, context, transient, together=together
+            )
 
 
 async def run_once(
@@ -83,14 +90,23 @@ async def run_once(
     handlers: Handlers,
     context: Any,
     transient: tuple[type[Exception], ...] = (OSError,),
+    *,
+    together: bool = False,
 ) -> int:
     """One fetch; returns how many deliveries it saw."""
+
+    async def settle(delivery: Delivery) -> None:
+        began = perf_counter()
+        outcome = await take(bus, delivery, service, handlers, context, transient)
+        metrics.settled(service, outcome, [delivery], began)
+
     deliveries = await subscription.fetch(FETCH_MAX, FETCH_TIMEOUT_S)
     async with kept_alive(deliveries):
-        for delivery in deliveries:
-            began = perf_counter()
-            outcome = await take(bus, delivery, service, handlers, context, transient)
-            metrics.settled(service, outcome, [delivery], began)
+        if together:
+            await asyncio.gather(*(settle(delivery) for delivery in deliveries))
+        else:
+            for delivery in deliveries:
+                await settle(delivery)
     return len(deliveries)
 
 

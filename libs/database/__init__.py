@@ -155,8 +155,13 @@ class Database:
         self.outgoing = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
-        async with self.pool.connection() as connection, connection.transaction():
+    async def transaction(
+        self, held: psycopg.AsyncConnection[DictRow] | None = None
+    ) -> AsyncIterator[Transaction]:
+        """On a connection of the pool, or on one that is `held`: then it commits only for who
+        still holds what that connection locks."""
+        connecting = contextlib.nullcontext(held) if held else self.pool.connection()
+        async with connecting as connection, connection.transaction():
             opened = Transaction(connection, self.service)
             yield opened
         if opened.emitted:

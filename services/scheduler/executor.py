@@ -1,6 +1,6 @@
 """How an attempt is started and stopped: the one place that knows who runs it.
 
-An executor acts inside the transaction that records the decision, so a decision and its effect
+An executor acts inside the transaction that records the decisions, so decisions and their effects
 commit together. `BusExecutor` addresses agents, processes that announce themselves with
 heartbeats and act on the events for their node; it is all that local processes need. An engine
 that cannot take part in a Postgres transaction (Ray, Docker) goes behind the same door as an
@@ -10,27 +10,26 @@ must be called from here instead, its executor writes a row in this transaction 
 its own carries it out, as the outbox does for the bus.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from libs.contracts.events import AttemptPlaced, AttemptStopped
 from libs.database import Transaction
 
+Order = AttemptPlaced | AttemptStopped
+
 
 class Executor(Protocol):
-    async def start(self, tx: Transaction, placement: AttemptPlaced) -> None:
-        """The attempt will be started, at least once, if the transaction commits."""
-        ...
+    async def carry_out(self, tx: Transaction, orders: Sequence[tuple[Order, str]]) -> None:
+        """Each attempt is started, or told to stop, at least once if the transaction commits.
 
-    async def stop(self, tx: Transaction, attempt: AttemptStopped) -> None:
-        """The attempt will be told to stop, at least once, if the transaction commits."""
+        An order comes with the traceparent it continues.
+        """
         ...
 
 
 class BusExecutor:
     """Agents on the platform's bus."""
 
-    async def start(self, tx: Transaction, placement: AttemptPlaced) -> None:
-        await tx.emit(placement)
-
-    async def stop(self, tx: Transaction, attempt: AttemptStopped) -> None:
-        await tx.emit(attempt)
+    async def carry_out(self, tx: Transaction, orders: Sequence[tuple[Order, str]]) -> None:
+        await tx.emit_all(orders)

@@ -40,10 +40,11 @@ async def lead(context: Context, bus: Bus) -> None:
             async with writer.store.db.exclusively(LEADER) as connection:
                 log.info("leads")
                 try:
-                    writer.committed = None
+                    writer.committed, writer.connection = None, connection
                     writer.leading.set()
                     await work(context, bus, connection)
                 finally:
+                    writer.connection = None
                     writer.leading.clear()
                     meters.forget()
         except* TRANSIENT as group:
@@ -52,11 +53,12 @@ async def lead(context: Context, bus: Bus) -> None:
 
 
 async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow]) -> None:
-    async with context.writer.turn() as scheduler:
-        pulse = Pulse(context, bus, Liveness(scheduler.nodes, time.monotonic()))
+    nodes = (await context.writer.state()).nodes
+    pulse = Pulse(context, bus, Liveness(nodes, time.monotonic()))
     async with asyncio.TaskGroup() as group:
+        group.create_task(context.writer.write())
         group.create_task(hold(lock))
-        group.create_task(loop.run(bus, "scheduler", HANDLERS, context, TRANSIENT))
+        group.create_task(loop.run(bus, "scheduler", HANDLERS, context, TRANSIENT, together=True))
         group.create_task(pulse.hear())
         group.create_task(pulse.attend())
         group.create_task(pulse.tick())
@@ -67,8 +69,7 @@ async def tell(writer: Writer) -> None:
     """Metrics, now and then: most changes come in bursts."""
     while True:
         try:
-            async with writer.turn() as scheduler:
-                meters.show(scheduler, time.time())
+            await writer.read(lambda scheduler: meters.show(scheduler, time.time()))
         except TRANSIENT as error:
             log.warning("metrics: %s", error)
         await asyncio.sleep(TELL_S)

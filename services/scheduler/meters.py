@@ -4,11 +4,10 @@ Only the scheduler that leads tells about nodes and jobs; a standby tells that i
 """
 
 from collections import Counter as Tally
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from prometheus_client import Gauge, Histogram
 
-from libs.contracts.events import AttemptPlaced, Event
 from services.scheduler.domain import Scheduler
 from services.scheduler.jobs import PLACED, RUNNING, WAITING
 from services.scheduler.nodes import HEALTH, HEALTHY
@@ -71,9 +70,7 @@ def show_nodes(scheduler: Scheduler) -> None:
         MEMORY_TAKEN.labels(name).set(node.allocated.memory_mib * MIB)
 
 
-def count(scheduler: Scheduler, decided: Sequence[Event]) -> None:
-    """Of what has been committed."""
-    for placed in decided:
-        if isinstance(placed, AttemptPlaced):
-            job = scheduler.jobs[placed.project, placed.job]
-            WAIT.labels(placed.kind).observe(max(0.0, scheduler.now - job.waiting_since))
+def count(waits: Iterable[tuple[str, float]]) -> None:
+    """(kind, seconds) of what was placed and is committed."""
+    for kind, waited in waits:
+        WAIT.labels(kind).observe(waited)

@@ -5,6 +5,8 @@ that decides otherwise is found out instead of being believed.
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import msgspec
 import psycopg
@@ -17,6 +19,7 @@ from services.scheduler.stimuli import Stimulus, decode
 SNAPSHOT_EVERY = 1000
 LOG_KEPT = 100_000
 """Lines kept behind the last snapshot, for whoever wants to know what happened."""
+APPEND = b"copy log (sequence, at, name, stimulus, decided) from stdin"
 LEADER = "leptonic.scheduler"
 """Name of the lock of the one who leads."""
 
@@ -45,6 +48,22 @@ class Diverged(RuntimeError):
     """A replay decided otherwise than the log says was decided."""
 
 
+class Line(NamedTuple):
+    """Of the log: one stimulus, and the digest of what was decided on it."""
+
+    sequence: int
+    at: float
+    name: str
+    stimulus: bytes
+    decided: str
+
+    @classmethod
+    def of(cls, scheduler: Scheduler, stimulus: Stimulus, decided: list[Event]) -> Self:
+        """What `scheduler` has just handled."""
+        name, payload = type(stimulus).__name__, msgspec.json.encode(stimulus)
+        return cls(scheduler.sequence, scheduler.now, name, payload, digest(decided))
+
+
 class Store:
     def __init__(self, db: Database) -> None:
         self.db = db
@@ -65,17 +84,15 @@ class Store:
                 raise Diverged(f"the replay differs from the log: {problem}")
         return scheduler
 
-    async def append(
-        self, tx: Transaction, scheduler: Scheduler, stimulus: Stimulus, decided: list[Event]
-    ) -> None:
-        """The line of what `scheduler` has just handled. Raises `Overtaken`."""
-        name, payload = type(stimulus).__name__, msgspec.json.encode(stimulus)
-        line = (scheduler.sequence, scheduler.now, name, payload, digest(decided))
+    async def append(self, tx: Transaction, scheduler: Scheduler, lines: Sequence[Line]) -> None:
+        """The lines of what `scheduler` has just handled. Raises `Overtaken`."""
         try:
-            await tx.execute("insert into log values (%s, %s, %s, %s, %s)", line)
+            async with tx.connection.cursor() as cursor, cursor.copy(APPEND) as copy:
+                for line in lines:
+                    await copy.write_row(line)
         except psycopg.errors.UniqueViolation as error:
-            raise Overtaken(f"line {scheduler.sequence} is there already") from error
-        if scheduler.sequence % SNAPSHOT_EVERY == 0:
+            raise Overtaken(f"line {lines[0].sequence} is there already") from error
+        if lines[-1].sequence // SNAPSHOT_EVERY > (lines[0].sequence - 1) // SNAPSHOT_EVERY:
             await self.keep(tx, scheduler)
 
     async def keep(self, tx: Transaction, scheduler: Scheduler) -> None:

@@ -1,32 +1,85 @@
-"""The one writer: whatever moves the scheduler comes through here, one at a time.
+"""The one writer: whatever moves the scheduler waits here, and is committed together.
 
-The state in memory is only ever what is committed. While a transaction is open the writer holds
-no state; if it fails, for whatever reason and even if the server committed it and could not say
-so, the next caller reads the state again from the log.
+All that waits is handled in memory, in order, and becomes durable in one transaction: the lines
+of the log, the ids of the events that took effect, and what is to be said. Only then is anybody
+answered, whoever asked and whoever only read. If the transaction fails, for whatever reason and
+even if the server committed it and could not say so, nobody is told otherwise than that it
+failed, and the state is read again from the log.
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.rows import DictRow
 
 from libs import telemetry
 from libs.contracts.events import AttemptPlaced, AttemptStopped, Event, JobFailed, JobSucceeded
-from libs.database import Transaction
+from libs.database import TRANSIENT, Transaction
+from libs.doors import Refused
 from services.scheduler import meters
 from services.scheduler.book import Impossible
 from services.scheduler.domain import Scheduler
-from services.scheduler.executor import Executor
+from services.scheduler.executor import Executor, Order
 from services.scheduler.stimuli import Stimulus
-from services.scheduler.store import Store
+from services.scheduler.store import Line, Store
 
 LEAD_WAIT_S = 15.0
 """Longer than a scheduler that is replaced answers what it was asked."""
+WAITING_MAX = 20_000
+BATCH_MAX = 256
+"""Questions handled between two looks at the sockets: some 30 ms of decisions."""
+SPANS_MAX = 16
+"""A span costs 13 to 41 us. The placements of a batch beyond these continue their jobs' traces
+without one of their own."""
+
+T = TypeVar("T")
 
 
 class Standby(ConnectionError):
     """Another scheduler leads, and does not end; this one waits."""
+
+
+class Overloaded(ConnectionError):
+    """More waits to be written than ever will be in time."""
+
+
+@dataclass
+class Asked:
+    """One caller: what it wants to happen, and what it wants to know then."""
+
+    wish: Callable[[Scheduler], Iterable[Stimulus]]
+    """May raise `Refused`, which changes nothing."""
+    answer: Callable[[Scheduler], Any]
+    event_id: str
+    place: str
+    """Where in a trace it was asked."""
+    future: asyncio.Future[Any]
+
+    def give(self, answer: Any) -> None:
+        """To whoever has not gone away."""
+        if self.future.done():
+            return
+        if isinstance(answer, BaseException):
+            self.future.set_exception(answer)
+        else:
+            self.future.set_result(answer)
+
+
+@dataclass
+class Work:
+    """What a batch makes, on its way into a transaction."""
+
+    answers: list[Any] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    orders: list[tuple[Order, str]] = field(default_factory=list)
+    news: list[tuple[Event, str]] = field(default_factory=list)
+    waits: list[tuple[str, float]] = field(default_factory=list)
+    """(kind, seconds) of what was placed."""
 
 
 class Writer:
@@ -34,74 +87,159 @@ class Writer:
         self.store = store
         self.executor = executor
         self.leading = asyncio.Event()
-        self.lock = asyncio.Lock()
+        self.waiting: deque[Asked] = deque()
+        self.arrived = asyncio.Event()
         self.committed: Scheduler | None = None
-
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[Scheduler]:
-        """The committed state, for one reader or writer at a time.
-
-        Not yet in the lead, it waits: whoever leads is being replaced. Raises `Standby`.
-        """
-        await self.until_leading()
-        async with self.lock:
-            if not self.leading.is_set():
-                raise Standby("this scheduler leads no more")
-            if self.committed is None:
-                self.committed = await self.store.load()
-            yield self.committed
-
-    async def until_leading(self) -> None:
-        try:
-            async with asyncio.timeout(LEAD_WAIT_S):
-                await self.leading.wait()
-        except TimeoutError as error:
-            raise Standby(f"another scheduler has led for {LEAD_WAIT_S:.0f} s") from error
+        self.connection: psycopg.AsyncConnection[DictRow] | None = None
+        """The one that holds the leader's lock: who has lost the lock can commit nothing."""
 
     async def take(self, stimulus: Stimulus, event_id: str = "") -> None:
         """Handles one stimulus; one with an event's id takes effect once."""
-        async with self.turn() as scheduler:
-            await self.apply(scheduler, stimulus, event_id)
+        await self.ask(lambda _: (stimulus,), lambda _: None, event_id)
 
-    async def apply(self, scheduler: Scheduler, stimulus: Stimulus, event_id: str = "") -> None:
-        """In one's turn. The caller's `scheduler` is up to date once this returns."""
-        if not scheduler.is_news(stimulus):
+    async def read(self, answer: Callable[[Scheduler], T]) -> T:
+        return await self.ask(lambda _: (), answer)
+
+    async def ask(
+        self,
+        wish: Callable[[Scheduler], Iterable[Stimulus]],
+        answer: Callable[[Scheduler], T],
+        event_id: str = "",
+    ) -> T:
+        """The answer as of right after the wish was handled, once that is durable.
+
+        Not in the lead, it waits: whoever leads is being replaced. Raises `Standby`,
+        `Overloaded`, what the wish raises, and what keeps the batch from being committed.
+        """
+        if len(self.waiting) >= WAITING_MAX:
+            raise Overloaded(f"{WAITING_MAX} requests wait to be written; try again")
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.waiting.append(Asked(wish, answer, event_id, telemetry.current(), future))
+        self.arrived.set()
+        try:
+            async with asyncio.timeout(LEAD_WAIT_S):
+                return await future
+        except TimeoutError as error:
+            raise Standby(f"not written in {LEAD_WAIT_S:.0f} s; does another lead?") from error
+
+    async def write(self) -> None:
+        """Settles what waits, until cancelled. Raises `Diverged`."""
+        while True:
+            await self.arrived.wait()
+            batch = [self.waiting.popleft() for _ in range(min(BATCH_MAX, len(self.waiting)))]
+            if not self.waiting:
+                self.arrived.clear()
+            try:
+                await self.settle(batch)
+            finally:
+                for asked in batch:
+                    asked.give(Standby("this scheduler leads no more"))
+
+    async def settle(self, batch: list[Asked]) -> None:
+        batch = [asked for asked in batch if not asked.future.done()]
+        try:
+            scheduler = await self.state()
+        except TRANSIENT as error:
+            fail(batch, error)
             return
         self.committed = None
-        decided: list[Event] = []
-        async with self.store.db.transaction() as tx:
-            if not event_id or await tx.first_time(event_id):
-                decided = scheduler.handle(stimulus, time.time())
-                await self.store.append(tx, scheduler, stimulus, decided)
-                for event in decided:
-                    await self.say(tx, scheduler, event)
-        self.committed = scheduler
-        meters.count(scheduler, decided)
+        try:
+            await self.commit(scheduler, batch)
+        except TRANSIENT as error:
+            fail(batch, error)
+        except Exception as error:
+            # A defect goes to whoever met it, as its handler's; the others know nothing of it.
+            if len(batch) == 1:
+                fail(batch, error)
+            else:
+                for asked in batch:
+                    await self.settle([asked])
+        else:
+            self.committed = scheduler
 
-    async def say(self, tx: Transaction, scheduler: Scheduler, event: Event) -> None:
-        match event:
-            case AttemptPlaced():
-                with scheduling(scheduler, event):
-                    await self.executor.start(tx, event)
-            case AttemptStopped():
-                with continuing(scheduler, event):
-                    await self.executor.stop(tx, event)
-            case JobSucceeded() | JobFailed():
-                with continuing(scheduler, event):
-                    await tx.emit(event)
-            case _:
-                raise Impossible(f"nobody says {event}")
+    async def state(self) -> Scheduler:
+        if self.committed is None:
+            self.committed = await self.store.load()
+        return self.committed
+
+    async def commit(self, scheduler: Scheduler, batch: list[Asked]) -> None:
+        ids = [asked.event_id for asked in batch if asked.event_id]
+        if ids:
+            async with self.store.db.transaction(self.connection) as tx:
+                work = handle(scheduler, batch, await tx.first_times(ids))
+                await self.put(tx, scheduler, work)
+        else:
+            work = handle(scheduler, batch, set())
+            if work.lines:
+                async with self.store.db.transaction(self.connection) as tx:
+                    await self.put(tx, scheduler, work)
+        for asked, answer in zip(batch, work.answers, strict=True):
+            asked.give(answer)
+        meters.count(work.waits)
+
+    async def put(self, tx: Transaction, scheduler: Scheduler, work: Work) -> None:
+        if not work.lines:
+            return
+        await self.store.append(tx, scheduler, work.lines)
+        if work.orders:
+            await self.executor.carry_out(tx, work.orders)
+        if work.news:
+            await tx.emit_all(work.news)
 
     async def rest(self) -> None:
         """Snapshots, so that a newer release has nothing of ours to replay."""
-        async with self.turn() as scheduler, self.store.db.transaction() as tx:
+        scheduler = await self.read(lambda scheduler: scheduler)
+        async with self.store.db.transaction() as tx:
             await self.store.keep(tx, scheduler)
 
 
-def scheduling(scheduler: Scheduler, placed: AttemptPlaced) -> AbstractContextManager[object]:
+def fail(batch: Sequence[Asked], error: Exception) -> None:
+    for asked in batch:
+        asked.give(error)
+
+
+def handle(scheduler: Scheduler, batch: Sequence[Asked], fresh: set[str]) -> Work:
+    """Moves the state; `fresh` are the ids of events that had no effect yet."""
+    work = Work()
+    for asked in batch:
+        if asked.event_id and asked.event_id not in fresh:
+            work.answers.append(asked.answer(scheduler))
+            continue
+        fresh.discard(asked.event_id)
+        try:
+            for stimulus in asked.wish(scheduler):
+                move(scheduler, stimulus, asked.place, work)
+            work.answers.append(asked.answer(scheduler))
+        except Refused as refused:
+            work.answers.append(refused)
+    return work
+
+
+def move(scheduler: Scheduler, stimulus: Stimulus, place: str, work: Work) -> None:
+    if not scheduler.is_news(stimulus):
+        return
+    decided = scheduler.handle(stimulus, time.time())
+    work.lines.append(Line.of(scheduler, stimulus, decided))
+    for event in decided:
+        match event:
+            case AttemptPlaced():
+                job = scheduler.jobs[event.project, event.job]
+                work.waits.append((event.kind, max(0.0, scheduler.now - job.waiting_since)))
+                work.orders.append((event, placing(scheduler, event, len(work.waits))))
+            case AttemptStopped():
+                work.orders.append((event, place or place_of(scheduler, event)))
+            case JobSucceeded() | JobFailed():
+                work.news.append((event, place or place_of(scheduler, event)))
+            case _:
+                raise Impossible(f"nobody says {event}")
+
+
+def placing(scheduler: Scheduler, placed: AttemptPlaced, number: int) -> str:
     """The span from when the job began to wait until it is placed, where it was asked for."""
     job = scheduler.jobs[placed.project, placed.job]
-    return telemetry.span(
+    if number > SPANS_MAX:
+        return job.traceparent
+    with telemetry.span(
         f"schedule {placed.job}",
         parent=job.traceparent,
         start_time_ns=int(job.waiting_since * 1e9),
@@ -111,15 +249,11 @@ def scheduling(scheduler: Scheduler, placed: AttemptPlaced) -> AbstractContextMa
             "leptonic.attempt": placed.attempt,
             "leptonic.token": placed.token,
         },
-    )
+    ):
+        return telemetry.current()
 
 
-def continuing(
-    scheduler: Scheduler, event: AttemptStopped | JobSucceeded | JobFailed
-) -> AbstractContextManager[object]:
-    """In the trace of what brought it about; what a heartbeat or a tick did is the job's own."""
-    if telemetry.current():
-        return contextlib.nullcontext()
+def place_of(scheduler: Scheduler, event: AttemptStopped | JobSucceeded | JobFailed) -> str:
+    """What a heartbeat or a tick brought about is in the job's own trace."""
     job = scheduler.jobs.get((event.project, event.job))
-    name = f"{event.entity}.{event.verb} {event.job}"
-    return telemetry.span(name, parent=job.traceparent if job else "")
+    return job.traceparent if job else ""

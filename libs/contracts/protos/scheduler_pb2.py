@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%libs/contracts/protos/scheduler.proto\x12\x0bleptonic.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\"E\n\tResources\x12\x11\n\tcpu_milli\x18\x01 \x01(\x03\x12\x12\n\nmemory_mib\x18\x02 \x01(\x03\x12\x11\n\tgpu_milli\x18\x03 \x01(\x03\"\xc2\x01\n\x10SubmitJobRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05queue\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0f\n\x07workers\x18\x06 \x01(\x05\x12)\n\tresources\x18\x07 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12%\n\x04spec\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\"@\n\x10\x43\x61ncelJobRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\"\n\x0fListJobsRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\"2\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.leptonic.v1.Job\"-\n\rGetJobRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\"\xf9\x01\n\x03Job\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\r\n\x05queue\x18\x05 \x01(\t\x12\x0f\n\x07workers\x18\x06 \x01(\x05\x12)\n\tresources\x18\x07 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12\'\n\x06result\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0csubmitted_at\x18\x0c \x01(\t\"\x12\n\x10ListNodesRequest\"5\n\x11ListNodesResponse\x12 \n\x05nodes\x18\x01 \x03(\x0b\x32\x11.leptonic.v1.Node\"\xb1\x01\n\x04Node\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06health\x18\x02 \x01(\t\x12\r\n\x05kinds\x18\x03 \x03(\t\x12(\n\x08\x63\x61pacity\x18\x04 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12)\n\tallocated\x18\x05 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12\x0c\n\x04jobs\x18\x06 \x03(\t\x12\x19\n\x11last_heartbeat_at\x18\x07 \x01(\t\"\x13\n\x11ListQueuesRequest\"8\n\x12ListQueuesResponse\x12\"\n\x06queues\x18\x01 \x03(\x0b\x32\x12.leptonic.v1.Queue\"c\n\x05Queue\x12\r\n\x05queue\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\x12)\n\tallocated\x18\x04 \x01(\x0b\x32\x16.leptonic.v1.Resources2\xf7\x04\n\tScheduler\x12\x64\n\tSubmitJob\x12\x1d.leptonic.v1.SubmitJobRequest\x1a\x10.leptonic.v1.Job\"&\x82\xd3\xe4\x93\x02 \"\x1b/v1/projects/{project}/jobs:\x01*\x12q\n\tCancelJob\x12\x1d.leptonic.v1.CancelJobRequest\x1a\x10.leptonic.v1.Job\"3\x82\xd3\xe4\x93\x02-\"(/v1/projects/{project}/jobs/{job}:cancel:\x01*\x12l\n\x08ListJobs\x12\x1c.leptonic.v1.ListJobsRequest\x1a\x1d.leptonic.v1.ListJobsResponse\"#\x82\xd3\xe4\x93\x02\x1d\x12\x1b/v1/projects/{project}/jobs\x12\x61\n\x06GetJob\x12\x1a.leptonic.v1.GetJobRequest\x1a\x10.leptonic.v1.Job\")\x82\xd3\xe4\x93\x02#\x12!/v1/projects/{project}/jobs/{job}\x12]\n\tListNodes\x12\x1d.leptonic.v1.ListNodesRequest\x1a\x1e.leptonic.v1.ListNodesResponse\"\x11\x82\xd3\xe4\x93\x02\x0b\x12\t/v1/nodes\x12\x61\n\nListQueues\x12\x1e.leptonic.v1.ListQueuesRequest\x1a\x1f.leptonic.v1.ListQueuesResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/queuesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%libs/contracts/protos/scheduler.proto\x12\x0bleptonic.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\"E\n\tResources\x12\x11\n\tcpu_milli\x18\x01 \x01(\x03\x12\x12\n\nmemory_mib\x18\x02 \x01(\x03\x12\x11\n\tgpu_milli\x18\x03 \x01(\x03\"\xc2\x01\n\x10SubmitJobRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05queue\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0f\n\x07workers\x18\x06 \x01(\x05\x12)\n\tresources\x18\x07 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12%\n\x04spec\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\"Q\n\x11SubmitJobsRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12+\n\x04jobs\x18\x02 \x03(\x0b\x32\x1d.leptonic.v1.SubmitJobRequest\"9\n\x12SubmitJobsResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x15.leptonic.v1.JobState\"E\n\x08JobState\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\"@\n\x10\x43\x61ncelJobRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\"\n\x0fListJobsRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\"2\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.leptonic.v1.Job\"-\n\rGetJobRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\"\xf9\x01\n\x03Job\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\r\n\x05queue\x18\x05 \x01(\t\x12\x0f\n\x07workers\x18\x06 \x01(\x05\x12)\n\tresources\x18\x07 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12\x0c\n\x04node\x18\t \x01(\t\x12\x0e\n\x06reason\x18\n \x01(\t\x12\'\n\x06result\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0csubmitted_at\x18\x0c \x01(\t\"\x12\n\x10ListNodesRequest\"5\n\x11ListNodesResponse\x12 \n\x05nodes\x18\x01 \x03(\x0b\x32\x11.leptonic.v1.Node\"\xb1\x01\n\x04Node\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06health\x18\x02 \x01(\t\x12\r\n\x05kinds\x18\x03 \x03(\t\x12(\n\x08\x63\x61pacity\x18\x04 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12)\n\tallocated\x18\x05 \x01(\x0b\x32\x16.leptonic.v1.Resources\x12\x0c\n\x04jobs\x18\x06 \x03(\t\x12\x19\n\x11last_heartbeat_at\x18\x07 \x01(\t\"\x13\n\x11ListQueuesRequest\"8\n\x12ListQueuesResponse\x12\"\n\x06queues\x18\x01 \x03(\x0b\x32\x12.leptonic.v1.Queue\"c\n\x05Queue\x12\r\n\x05queue\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\x12)\n\tallocated\x18\x04 \x01(\x0b\x32\x16.leptonic.v1.Resources2\xf5\x05\n\tScheduler\x12\x64\n\tSubmitJob\x12\x1d.leptonic.v1.SubmitJobRequest\x1a\x10.leptonic.v1.Job\"&\x82\xd3\xe4\x93\x02 \"\x1b/v1/projects/{project}/jobs:\x01*\x12|\n\nSubmitJobs\x12\x1e.leptonic.v1.SubmitJobsRequest\x1a\x1f.leptonic.v1.SubmitJobsResponse\"-\x82\xd3\xe4\x93\x02\'\"\"/v1/projects/{project}/jobs:submit:\x01*\x12q\n\tCancelJob\x12\x1d.leptonic.v1.CancelJobRequest\x1a\x10.leptonic.v1.Job\"3\x82\xd3\xe4\x93\x02-\"(/v1/projects/{project}/jobs/{job}:cancel:\x01*\x12l\n\x08ListJobs\x12\x1c.leptonic.v1.ListJobsRequest\x1a\x1d.leptonic.v1.ListJobsResponse\"#\x82\xd3\xe4\x93\x02\x1d\x12\x1b/v1/projects/{project}/jobs\x12\x61\n\x06GetJob\x12\x1a.leptonic.v1.GetJobRequest\x1a\x10.leptonic.v1.Job\")\x82\xd3\xe4\x93\x02#\x12!/v1/projects/{project}/jobs/{job}\x12]\n\tListNodes\x12\x1d.leptonic.v1.ListNodesRequest\x1a\x1e.leptonic.v1.ListNodesResponse\"\x11\x82\xd3\xe4\x93\x02\x0b\x12\t/v1/nodes\x12\x61\n\nListQueues\x12\x1e.leptonic.v1.ListQueuesRequest\x1a\x1f.leptonic.v1.ListQueuesResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/queuesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCHEDULER'].methods_by_name['SubmitJob']._loaded_options = None
   _globals['_SCHEDULER'].methods_by_name['SubmitJob']._serialized_options = b'\202\323\344\223\002 \"\033/v1/projects/{project}/jobs:\001*'
+  _globals['_SCHEDULER'].methods_by_name['SubmitJobs']._loaded_options = None
+  _globals['_SCHEDULER'].methods_by_name['SubmitJobs']._serialized_options = b'\202\323\344\223\002\'\"\"/v1/projects/{project}/jobs:submit:\001*'
   _globals['_SCHEDULER'].methods_by_name['CancelJob']._loaded_options = None
   _globals['_SCHEDULER'].methods_by_name['CancelJob']._serialized_options = b'\202\323\344\223\002-\"(/v1/projects/{project}/jobs/{job}:cancel:\001*'
   _globals['_SCHEDULER'].methods_by_name['ListJobs']._loaded_options = None
@@ -49,28 +51,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOURCES']._serialized_end=183
   _globals['_SUBMITJOBREQUEST']._serialized_start=186
   _globals['_SUBMITJOBREQUEST']._serialized_end=380
-  _globals['_CANCELJOBREQUEST']._serialized_start=382
-  _globals['_CANCELJOBREQUEST']._serialized_end=446
-  _globals['_LISTJOBSREQUEST']._serialized_start=448
-  _globals['_LISTJOBSREQUEST']._serialized_end=482
-  _globals['_LISTJOBSRESPONSE']._serialized_start=484
-  _globals['_LISTJOBSRESPONSE']._serialized_end=534
-  _globals['_GETJOBREQUEST']._serialized_start=536
-  _globals['_GETJOBREQUEST']._serialized_end=581
-  _globals['_JOB']._serialized_start=584
-  _globals['_JOB']._serialized_end=833
-  _globals['_LISTNODESREQUEST']._serialized_start=835
-  _globals['_LISTNODESREQUEST']._serialized_end=853
-  _globals['_LISTNODESRESPONSE']._serialized_start=855
-  _globals['_LISTNODESRESPONSE']._serialized_end=908
-  _globals['_NODE']._serialized_start=911
-  _globals['_NODE']._serialized_end=1088
-  _globals['_LISTQUEUESREQUEST']._serialized_start=1090
-  _globals['_LISTQUEUESREQUEST']._serialized_end=1109
-  _globals['_LISTQUEUESRESPONSE']._serialized_start=1111
-  _globals['_LISTQUEUESRESPONSE']._serialized_end=1167
-  _globals['_QUEUE']._serialized_start=1169
-  _globals['_QUEUE']._serialized_end=1268
-  _globals['_SCHEDULER']._serialized_start=1271
-  _globals['_SCHEDULER']._serialized_end=1902
+  _globals['_SUBMITJOBSREQUEST']._serialized_start=382
+  _globals['_SUBMITJOBSREQUEST']._serialized_end=463
+  _globals['_SUBMITJOBSRESPONSE']._serialized_start=465
+  _globals['_SUBMITJOBSRESPONSE']._serialized_end=522
+  _globals['_JOBSTATE']._serialized_start=524
+  _globals['_JOBSTATE']._serialized_end=593
+  _globals['_CANCELJOBREQUEST']._serialized_start=595
+  _globals['_CANCELJOBREQUEST']._serialized_end=659
+  _globals['_LISTJOBSREQUEST']._serialized_start=661
+  _globals['_LISTJOBSREQUEST']._serialized_end=695
+  _globals['_LISTJOBSRESPONSE']._serialized_start=697
+  _globals['_LISTJOBSRESPONSE']._serialized_end=747
+  _globals['_GETJOBREQUEST']._serialized_start=749
+  _globals['_GETJOBREQUEST']._serialized_end=794
+  _globals['_JOB']._serialized_start=797
+  _globals['_JOB']._serialized_end=1046
+  _globals['_LISTNODESREQUEST']._serialized_start=1048
+  _globals['_LISTNODESREQUEST']._serialized_end=1066
+  _globals['_LISTNODESRESPONSE']._serialized_start=1068
+  _globals['_LISTNODESRESPONSE']._serialized_end=1121
+  _globals['_NODE']._serialized_start=1124
+  _globals['_NODE']._serialized_end=1301
+  _globals['_LISTQUEUESREQUEST']._serialized_start=1303
+  _globals['_LISTQUEUESREQUEST']._serialized_end=1322
+  _globals['_LISTQUEUESRESPONSE']._serialized_start=1324
+  _globals['_LISTQUEUESRESPONSE']._serialized_end=1380
+  _globals['_QUEUE']._serialized_start=1382
+  _globals['_QUEUE']._serialized_end=1481
+  _globals['_SCHEDULER']._serialized_start=1484
+  _globals['_SCHEDULER']._serialized_end=2241
 # @@protoc_insertion_point(module_scope)

@@ -83,6 +83,72 @@ class SubmitJobRequest(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class SubmitJobsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: builtins.int
+    JOBS_FIELD_NUMBER: builtins.int
+    project: builtins.str
+    """Of jobs that name none."""
+    @builtins.property
+    def jobs(self) -> containers.RepeatedCompositeFieldContainer[SubmitJobRequest]: ...
+    def __init__(
+        self,
+        *,
+        project: builtins.str = ...,
+        jobs: abc.Iterable[SubmitJobRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["jobs", b"jobs", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SubmitJobsResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def jobs(self) -> containers.RepeatedCompositeFieldContainer[JobState]: ...
+    def __init__(
+        self,
+        *,
+        jobs: abc.Iterable[JobState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class JobState(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    project: builtins.str
+    job: builtins.str
+    state: builtins.str
+    node: builtins.str
+    def __init__(
+        self,
+        *,
+        project: builtins.str = ...,
+        job: builtins.str = ...,
+        state: builtins.str = ...,
+        node: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "node", b"node", "project", b"project", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class CancelJobRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 

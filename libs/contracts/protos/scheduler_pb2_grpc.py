@@ -40,6 +40,11 @@ class SchedulerStub:
                 request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobRequest.SerializeToString,
                 response_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.Job.FromString,
                 _registered_method=True)
+        self.SubmitJobs = channel.unary_unary(
+                '/leptonic.v1.Scheduler/SubmitJobs',
+                request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobsRequest.SerializeToString,
+                response_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobsResponse.FromString,
+                _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/leptonic.v1.Scheduler/CancelJob',
                 request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.CancelJobRequest.SerializeToString,
@@ -73,6 +78,13 @@ class SchedulerServicer:
 
     def SubmitJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitJobs(self, request, context):
+        """Many jobs at once: all are good, or none is taken; each is durable before the answer.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -114,6 +126,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.SubmitJob,
                     request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobRequest.FromString,
                     response_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.Job.SerializeToString,
+            ),
+            'SubmitJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitJobs,
+                    request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobsRequest.FromString,
+                    response_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobsResponse.SerializeToString,
             ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
@@ -169,6 +186,33 @@ class Scheduler:
             '/leptonic.v1.Scheduler/SubmitJob',
             libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobRequest.SerializeToString,
             libs_dot_contracts_dot_protos_dot_scheduler__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leptonic.v1.Scheduler/SubmitJobs',
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobsRequest.SerializeToString,
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.SubmitJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

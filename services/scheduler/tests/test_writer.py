@@ -1,19 +1,21 @@
 """What is in memory is what is committed, and the log gives it back."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 import pytest
 
-from libs.contracts.events import AttemptPlaced, JobRequested, Resources
+from libs.contracts.events import JobRequested, Resources
 from libs.database import TRANSIENT, Database, Transaction, connect
+from libs.doors import NotFound
 from services.scheduler import store
 from services.scheduler.domain import Scheduler
-from services.scheduler.executor import BusExecutor
+from services.scheduler.executor import BusExecutor, Order
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, Tick
 from services.scheduler.store import Diverged, Overtaken, Store
-from services.scheduler.writer import Standby, Writer
+from services.scheduler.writer import Overloaded, Standby, Writer
 from stack.testing import eventually
 
 
@@ -23,8 +25,8 @@ class Broken(BusExecutor):
     def __init__(self, times: int) -> None:
         self.times = times
 
-    async def start(self, tx: Transaction, placement: AttemptPlaced) -> None:
-        await super().start(tx, placement)
+    async def carry_out(self, tx: Transaction, orders: Sequence[tuple[Order, str]]) -> None:
+        await super().carry_out(tx, orders)
         if self.times:
             self.times -= 1
             raise ConnectionError("the server went away")
@@ -36,10 +38,23 @@ async def db(postgres_dsn: str) -> AsyncIterator[Database]:
         yield connected
 
 
-def leading(db: Database, failures: int = 0) -> Writer:
+@contextlib.asynccontextmanager
+async def leading(db: Database, failures: int = 0) -> AsyncIterator[Writer]:
     writer = Writer(Store(db), Broken(failures))
+    async with led(writer):
+        yield writer
+
+
+@contextlib.asynccontextmanager
+async def led(writer: Writer) -> AsyncIterator[None]:
     writer.leading.set()
-    return writer
+    task = asyncio.create_task(writer.write())
+    try:
+        yield
+    finally:
+        writer.leading.clear()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def job(name: str) -> JobSubmitted:
@@ -61,39 +76,137 @@ async def count(db: Database, table: str) -> int:
     return int(row["count"])
 
 
+async def scheduled(writer: Writer) -> list[tuple[str, str]]:
+    """(job, state) of all there are."""
+    return await writer.read(lambda now: [(key[1], job.state) for key, job in now.jobs.items()])
+
+
 async def test_a_decision_that_did_not_commit_was_not_taken(db: Database) -> None:
-    writer = leading(db, failures=1)
-    await writer.take(heartbeat())
-    with pytest.raises(ConnectionError, match="went away"):
+    async with leading(db, failures=1) as writer:
+        await writer.take(heartbeat())
+        with pytest.raises(ConnectionError, match="went away"):
+            await writer.take(job("j"), "event")
+        assert await scheduled(writer) == []
+        assert await count(db, "outbox") == 0
         await writer.take(job("j"), "event")
-    async with writer.turn() as scheduler:
-        assert scheduler.jobs == {}
-    assert await count(db, "outbox") == 0
-    await writer.take(job("j"), "event")
-    await writer.take(job("j"), "event")
-    async with writer.turn() as scheduler:
-        assert scheduler.jobs["p", "j"].state == "placed"
-        assert scheduler.sequence == 2
+        await writer.take(job("j"), "event")
+        assert await scheduled(writer) == [("j", "placed")]
+        assert await writer.read(lambda scheduler: scheduler.sequence) == 2
     assert await count(db, "outbox") == 1
 
 
-async def test_heartbeats_without_news_are_not_logged(db: Database) -> None:
-    writer = leading(db)
-    for _ in range(3):
+async def test_what_waits_together_is_one_transaction_and_takes_effect_once(db: Database) -> None:
+    writer = Writer(Store(db), BusExecutor())
+    names = [f"j{number}" for number in range(100)]
+    ids = [f"event {name}" for name in (*names, *names)]
+    asked = [
+        asyncio.create_task(writer.take(job(name), event_id))
+        for name, event_id in zip((*names, *names), ids, strict=True)
+    ]
+    reading = asyncio.create_task(scheduled(writer))
+    await asyncio.sleep(0)
+    assert len(writer.waiting) == 201
+    async with led(writer):
+        await asyncio.gather(*asked)
+        assert await reading == [(name, "waiting") for name in names]
+    assert (await count(db, "log"), await count(db, "inbox")) == (100, 100)
+    async with db.transaction() as tx:
+        assert await tx.one("select count(distinct xmin::text) as many from log") == {"many": 1}
+
+
+async def test_nobody_is_answered_before_the_commit(db: Database) -> None:
+    class Slow(BusExecutor):
+        async def carry_out(self, tx: Transaction, orders: Sequence[tuple[Order, str]]) -> None:
+            await super().carry_out(tx, orders)
+            reached.set()
+            await go.wait()
+
+    reached, go = asyncio.Event(), asyncio.Event()
+    writer = Writer(Store(db), Slow())
+    async with led(writer):
         await writer.take(heartbeat())
-        await writer.take(Tick([]))
+        asked = asyncio.create_task(writer.take(job("j")))
+        await reached.wait()
+        reading = asyncio.create_task(scheduled(writer))
+        await asyncio.sleep(0)
+        assert not asked.done()
+        assert not reading.done()
+        assert await count(db, "log") == 1
+        go.set()
+        await asked
+        assert await reading == [("j", "placed")]
+
+
+async def test_a_defect_is_whose_it_is(db: Database) -> None:
+    """The others of the batch are written; the state is not what the defect left of it."""
+
+    def defect(scheduler: Scheduler) -> list[Tick]:
+        scheduler.jobs.clear()
+        raise ZeroDivisionError
+
+    def refusal(_: Scheduler) -> list[Tick]:
+        raise NotFound("no such thing")
+
+    writer = Writer(Store(db), BusExecutor())
+    asked = [
+        asyncio.create_task(one)
+        for one in (
+            writer.take(job("a")),
+            writer.ask(defect, lambda _: None),
+            writer.ask(refusal, lambda _: None),
+            writer.take(job("b")),
+        )
+    ]
+    async with led(writer):
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [
+            type(None),
+            ZeroDivisionError,
+            NotFound,
+            type(None),
+        ]
+        assert await scheduled(writer) == [("a", "waiting"), ("b", "waiting")]
+    assert await count(db, "log") == 2
+
+
+async def test_who_goes_away_is_not_waited_for(db: Database) -> None:
+    writer = Writer(Store(db), BusExecutor())
+    gone = asyncio.create_task(writer.take(job("gone")))
+    there = asyncio.create_task(writer.take(job("there")))
+    await asyncio.sleep(0)
+    gone.cancel()
+    async with led(writer):
+        await there
+        assert await scheduled(writer) == [("there", "waiting")]
+
+
+async def test_what_waits_is_bounded(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.scheduler.writer.WAITING_MAX", 1)
+    writer = Writer(Store(db), BusExecutor())
+    first = asyncio.create_task(writer.take(job("a")))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="1 requests wait"):
+        await writer.take(job("b"))
+    async with led(writer):
+        await first
+
+
+async def test_heartbeats_without_news_are_not_logged(db: Database) -> None:
+    async with leading(db) as writer:
+        for _ in range(3):
+            await writer.take(heartbeat())
+            await writer.take(Tick([]))
     assert await count(db, "log") == 1
 
 
 async def test_a_restart_reads_snapshot_and_log(db: Database) -> None:
-    writer = leading(db)
-    await writer.take(heartbeat())
-    await writer.take(job("a"))
-    await writer.rest()
-    await writer.take(Tick(["n"]))
-    await writer.take(job("b"))
-    async with writer.turn() as scheduler:
-        before = state_of(scheduler)
+    async with leading(db) as writer:
+        await writer.take(heartbeat())
+        await writer.take(job("a"))
+        await writer.rest()
+        await writer.take(Tick(["n"]))
+        await writer.take(job("b"))
+        before = await writer.read(state_of)
     loaded = await Store(db).load()
     loaded.validate()
     assert state_of(loaded) == before
@@ -101,29 +214,40 @@ async def test_a_restart_reads_snapshot_and_log(db: Database) -> None:
 
 
 async def test_a_snapshot_replaces_the_lines_before_it(db: Database) -> None:
-    writer = leading(db)
-    async with writer.turn() as scheduler:
+    async with leading(db) as writer:
+        scheduler = await writer.read(lambda scheduler: scheduler)
         scheduler.sequence = store.SNAPSHOT_EVERY - 2
-        await writer.apply(scheduler, job("a"))
+        await writer.take(job("a"))
         assert await count(db, "snapshot") == 0
-        await writer.apply(scheduler, job("b"))
+        await writer.take(job("b"))
         assert await count(db, "snapshot") == 1
         scheduler.sequence += store.LOG_KEPT
-    await writer.rest()
+        await writer.rest()
     assert await count(db, "log") == 0
     assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b"]
 
 
 async def test_two_leaders_do_not_write_over_each_other(db: Database) -> None:
-    first, second = leading(db), leading(db)
-    async with second.turn():
+    async with leading(db) as first, leading(db) as second:
+        await scheduled(second)
         await first.take(job("a"))
-    with pytest.raises(Overtaken) as raised:
+        with pytest.raises(Overtaken) as raised:
+            await second.take(job("b"))
+        assert isinstance(raised.value, TRANSIENT), "the bus loop tries again"
         await second.take(job("b"))
-    assert isinstance(raised.value, TRANSIENT), "the bus loop tries again"
-    await second.take(job("b"))
-    async with second.turn() as scheduler:
-        assert [key[1] for key in scheduler.jobs] == ["a", "b"]
+        assert await scheduled(second) == [("a", "waiting"), ("b", "waiting")]
+
+
+async def test_who_lost_the_lock_commits_nothing(db: Database) -> None:
+    """Even if it has not noticed: its transactions are on the connection that held the lock."""
+    async with leading(db) as writer, db.exclusively(store.LEADER) as held:
+        writer.connection = held
+        await writer.take(job("a"))
+        async with db.transaction() as tx:
+            await tx.execute("select pg_terminate_backend(%s)", (held.info.backend_pid,))
+        with pytest.raises(TRANSIENT):
+            await writer.take(job("b"))
+    assert await count(db, "log") == 1
 
 
 async def test_one_leads_until_its_lock_is_gone(db: Database) -> None:
@@ -143,7 +267,8 @@ async def test_one_leads_until_its_lock_is_gone(db: Database) -> None:
 
 
 async def test_a_replay_that_decides_otherwise_is_found_out(db: Database) -> None:
-    await leading(db).take(job("a"))
+    async with leading(db) as writer:
+        await writer.take(job("a"))
     async with db.transaction() as tx:
         await tx.execute("update log set decided = 'something else'")
     with pytest.raises(Diverged, match="at line 1"):
@@ -155,13 +280,13 @@ async def test_a_standby_takes_nothing_until_it_leads(
 ) -> None:
     standby = Writer(Store(db), BusExecutor())
     asked = asyncio.create_task(standby.take(job("a")))
-    await leading(db).take(job("b"))
+    async with leading(db) as leader:
+        await leader.take(job("b"))
     assert not asked.done()
-    standby.leading.set()
-    await asked
-    async with standby.turn() as scheduler:
-        assert [key[1] for key in scheduler.jobs] == ["b", "a"]
+    async with led(standby):
+        await asked
+        assert await scheduled(standby) == [("b", "waiting"), ("a", "waiting")]
     monkeypatch.setattr("services.scheduler.writer.LEAD_WAIT_S", 0.01)
-    with pytest.raises(Standby, match="another scheduler has led for"):
+    with pytest.raises(Standby, match="does another lead"):
         await Writer(Store(db), BusExecutor()).take(job("c"))
     assert await count(db, "log") == 2
