@@ -36,8 +36,21 @@ class Running(msgspec.Struct, frozen=True, order=True):
     token: int
 
 
+class Load(msgspec.Struct, frozen=True):
+    """What one replica of a deployment had to do since it last said so."""
+
+    project: str
+    model: str
+    concurrency_milli: int
+    """Requests there at a time, waiting or being computed: the average, and at least those that
+    wait now."""
+    p95_ms: int = 0
+    """From arrival to answer; 0 where nothing was answered."""
+    requests: int = 0
+
+
 class Heartbeat(msgspec.Struct, frozen=True):
-    """What a node says of itself, every second, on `heartbeats.<node>`."""
+    """What a node says of itself, twice a second, on `heartbeats.<node>`."""
 
     node: str
     incarnation: str | int
@@ -49,6 +62,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     gpu_model: str = ""
     """All GPUs of a node are of one model."""
     labels: dict[str, str] = {}
+    loads: list[Load] = []
+    """What it serves, and what somebody waits for there. Not logged: decisions on it are."""
 
 
 class Tick(msgspec.Struct, frozen=True):
