@@ -31,7 +31,8 @@ from services.inference.models import Build, in_process
 from services.inference.registry import Registry
 
 log = logging.getLogger(__name__)
-BEAT_S = 1.0
+BEAT_S = 0.5
+"""A node that misses five in a row is lost."""
 OBSERVE_S = 1.0
 RETRY_S = 2.0
 REFRESH_S = 1.0

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from libs.contracts.events import Resources
+from services.scheduler.shapes import GPU_MILLI, GPUS_MAX, Machine
 from services.scheduler.stimuli import AMOUNT_MAX, Heartbeat, Running
 
 INITIALIZING, HEALTHY, DEGRADED, UNHEALTHY = "Initializing", "Healthy", "Degraded", "Unhealthy"
 HEALTH = (INITIALIZING, HEALTHY, DEGRADED, UNHEALTHY)
-SILENT_S = 5.0
-"""A node silent for longer is lost."""
-DEAF_S = 2.0
+SILENT_S = 2.5
+"""A node silent for longer is lost: five of its heartbeats are missing."""
+DEAF_S = 1.0
 """The scheduler hears its own ping every tick; longer without it, its ears are to blame."""
 NOTHING = Resources(cpu_milli=0, memory_mib=0, gpu_milli=0)
 DIMENSIONS = ("cpu_milli", "memory_mib", "gpu_milli")
@@ -28,10 +29,25 @@ class Node(msgspec.Struct, kw_only=True):
     state: str = INITIALIZING
     stopping: list[Running] = []
     """Attempts it was told to stop and may still list as running."""
+    gpu_model: str = ""
+    labels: dict[str, str] = {}
 
     @property
-    def free(self) -> Resources:
-        return minus(self.capacity, self.allocated)
+    def machine(self) -> Machine:
+        """A part of a GPU that a node offers is none: work is placed on whole ones."""
+        return Machine(
+            node=self.node,
+            cpu_milli=self.capacity.cpu_milli,
+            memory_mib=self.capacity.memory_mib,
+            gpus=gpus_of(self.capacity),
+            gpu_model=self.gpu_model,
+            kinds=tuple(self.kinds),
+            labels=tuple(sorted(self.labels.items())),
+        )
+
+
+def gpus_of(capacity: Resources) -> int:
+    return capacity.gpu_milli * capacity.gpus // GPU_MILLI
 
 
 def combine(left: Resources, right: Resources, by: Callable[[int, int], int]) -> Resources:
@@ -51,20 +67,11 @@ def minus(left: Resources, right: Resources) -> Resources:
     return combine(left, right, int.__sub__)
 
 
-def times(count: int, each: Resources) -> Resources:
-    return combine(each, each, lambda amount, _: count * amount)
-
-
 def total(amounts: Iterable[Resources]) -> Resources:
     result = NOTHING
     for amount in amounts:
         result = plus(result, amount)
     return result
-
-
-def lacking(need: Resources, free: Resources) -> list[str]:
-    """The dimensions in which the need does not fit."""
-    return [name for name in DIMENSIONS if getattr(need, name) > getattr(free, name)]
 
 
 def problem_of(heartbeat: Heartbeat) -> str:
@@ -77,6 +84,9 @@ def problem_of(heartbeat: Heartbeat) -> str:
         amount = getattr(heartbeat.capacity, name)
         if not 0 <= amount <= AMOUNT_MAX:
             return f"capacity.{name}: 0 to {AMOUNT_MAX}, got {amount}"
+    gpus = gpus_of(heartbeat.capacity)
+    if heartbeat.capacity.gpus < 0 or gpus > GPUS_MAX:
+        return f"capacity.gpus: 0 to {GPUS_MAX} GPUs of a node, got {gpus}"
     return ""
 
 
@@ -85,7 +95,7 @@ class Liveness:
 
     It is no part of the scheduler's state, because most heartbeats are not logged. What was missed
     while the scheduler itself could not hear (it was down, paused, or cut off from the bus) does
-    not count: every node then has the whole `SILENT_S` again.
+    not count, nor does it hide a node that was silent before and after.
     """
 
     def __init__(self, nodes: Iterable[str], now: float) -> None:
@@ -93,8 +103,8 @@ class Liveness:
         self.ear = now
 
     def heard_itself(self, now: float) -> None:
-        if now - self.ear > DEAF_S:
-            self.seen = dict.fromkeys(self.seen, now)
+        if (deaf := now - self.ear) > DEAF_S:
+            self.seen = {node: min(now, at + deaf) for node, at in self.seen.items()}
         self.ear = now
 
     def heard(self, node: str, now: float) -> None:

@@ -38,7 +38,8 @@ from services.trainer.domain import (
 )
 
 log = logging.getLogger(__name__)
-BEAT_S = 1.0
+BEAT_S = 0.5
+"""A node that misses five in a row is lost."""
 CHAMPION_TRIES_MAX = 12
 """About a minute and a half with `backoff_s`; then the attempt is tried again as a whole."""
 

@@ -19,7 +19,8 @@ from libs.contracts.events import (
 )
 from services.scheduler import domain
 from services.scheduler.book import JOB_MOVES, Cause, Impossible
-from services.scheduler.domain import NODE_MOVES, Scheduler
+from services.scheduler.domain import Scheduler
+from services.scheduler.fleet import NODE_MOVES
 from services.scheduler.jobs import SPEC_BYTES_MAX, STATES, TERMINAL
 from services.scheduler.nodes import DEAF_S, HEALTH, SILENT_S, Liveness
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, Running, Stimulus, Tick
@@ -223,17 +224,15 @@ def test_a_move_that_no_table_has_raises() -> None:
 
 
 def test_silence_counts_only_while_the_scheduler_hears() -> None:
-    liveness = Liveness(["a"], now=0.0)
-    for second in range(1, 6):
-        liveness.heard_itself(float(second))
-        assert liveness.silent(float(second)) == []
-    assert liveness.silent(SILENT_S + 0.1) == ["a"]
-    deaf = SILENT_S + DEAF_S + 0.1
+    liveness = Liveness(["a", "b"], now=0.0)
+    liveness.heard_itself(DEAF_S)
+    liveness.heard_itself(2 * DEAF_S)
+    assert liveness.silent(2 * DEAF_S) == []
+    assert liveness.silent(SILENT_S + 0.1) == ["a", "b"]
+    deaf = SILENT_S + 2 * DEAF_S
     assert liveness.silent(deaf) == [], "the scheduler did not hear itself either"
     liveness.heard_itself(deaf)
-    assert liveness.silent(deaf) == [], "all nodes get the whole time again"
+    assert liveness.silent(deaf) == [], "silent for two seconds that count"
+    liveness.heard("b", deaf)
     liveness.heard_itself(deaf + DEAF_S)
-    liveness.heard_itself(deaf + 2 * DEAF_S)
-    assert liveness.silent(deaf + 2 * DEAF_S) == []
-    liveness.heard_itself(deaf + 3 * DEAF_S)
-    assert liveness.silent(deaf + 3 * DEAF_S) == ["a"]
+    assert liveness.silent(deaf + DEAF_S) == ["a"]
