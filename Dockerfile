@@ -6,17 +6,22 @@ COPY pyproject.toml /
 RUN python3 -c 'import tomllib; p = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
     print(*p["dependencies"], *p["optional-dependencies"]["'$SERVICE'"], sep="\n")' >/wanted.txt
 
-# The inference service's front in C++, as a wheel; an empty folder for the others.
+# The inference service's front and the scheduler's pool in C++, as a wheel; an empty folder for the
+# others.
 FROM python:3.11-bookworm AS native
 ARG SERVICE
 COPY constraints.txt /src/
 COPY native /src/native
-RUN mkdir -p /src/dist/native && [ "$SERVICE" != inference ] || { \
+RUN mkdir -p /src/dist/native; case $SERVICE in \
+    inference) extension=leptonic_native; library=libnghttp2-dev ;; \
+    scheduler) extension=leptonic_placement; library= ;; \
+    *) exit 0 ;; \
+    esac; \
     headers=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["include"])') \
-    && apt-get update -q && apt-get install -y -q --no-install-recommends g++ libnghttp2-dev \
+    && apt-get update -q && apt-get install -y -q --no-install-recommends g++ $library \
        $([ -e "$headers/Python.h" ] || echo python3-dev) \
     && pip install --no-cache-dir -q --root-user-action=ignore -c /src/constraints.txt nanobind \
-    && python3 /src/native/build.py wheel; }
+    && python3 /src/native/build.py wheel $extension
 
 FROM python:3.11-bookworm AS build
 RUN pip install --no-cache-dir -q --root-user-action=ignore uv==0.13.8

@@ -22,8 +22,9 @@ demo: setup ## run the whole loop once on real data
 check: setup ## format, lint, types, import rules, style, documentation
 	@scripts/check.sh
 
+# Three files at a time on any machine: most tests wait for a server or a process.
 test: check ## check, then every test
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-resilience: setup ## every service replaced under load, faults, two Ray nodes, two releases on one schema
 	@$(PYTHON) -m pytest -m "resilience and not compose"
@@ -37,7 +38,7 @@ soak: setup ## two million answers of one server over each front, its memory fla
 test-compose: setup ## the loop, the demo and the faults in containers; starts a Docker engine where it can
 	@scripts/test_compose.sh
 
-native: setup ## the C++ front and its wheel, with what it is compiled with
+native: setup ## the C++ front, the C++ pool and their wheels, with what they are compiled with
 	@scripts/native.sh wheel
 
 native-sanitized: setup ## the C++ front under sanitizers: mutated messages, broken HTTP/2, many threads

@@ -1,5 +1,6 @@
-"""Compiles leptonic_native: `build.py install` into this interpreter, `build.py wheel` as a wheel
-in dist/native, `build.py sanitized` the checks of `make native-sanitized`, and runs them.
+"""Compiles leptonic_native and leptonic_placement: `build.py install [NAME]` into this interpreter,
+`build.py wheel [NAME]` as wheels in dist/native, `build.py sanitized` the checks of
+`make native-sanitized`, and runs them.
 
 g++ alone: a build system would be more than what it builds.
 """
@@ -13,6 +14,7 @@ import sysconfig
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import nanobind
@@ -20,14 +22,12 @@ import nanobind
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BUILD = ROOT / "build" / "native"
-NAME = "leptonic_native"
 VERSION = "0.1.0"
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
-LIBRARIES = f"{NAME}.libs"
+LIBRARIES = "leptonic_native.libs"
 """In a wheel: libnghttp2, for machines that have none."""
 RPATH = f"-Wl,-rpath,$ORIGIN/{LIBRARIES}"
 NGHTTP2 = "libnghttp2.so.14"
-BINDING = (HERE / "module.cpp", HERE / "batches.cpp")
 CHECKS = HERE / "checks"
 SANITIZERS = ("address,undefined", "thread")
 ROUNDS = 200_000
@@ -35,10 +35,43 @@ FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-
 WARNINGS = ("-Wall", "-Wextra", "-Wno-missing-field-initializers")
 
 
-def fingerprint() -> str:
+@dataclass(frozen=True)
+class Extension:
+    """A module, and what of this folder it is made of."""
+
+    name: str
+    binding: tuple[Path, ...]
+    """What knows Python; the checks go without."""
+    core: tuple[Path, ...]
+    linking: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    """Shared libraries that its wheel carries."""
+
+
+PLACING = tuple(sorted(HERE.glob("placement*")))
+FRONT = Extension(
+    "leptonic_native",
+    (HERE / "module.cpp", HERE / "batches.cpp"),
+    tuple(
+        path
+        for path in sorted(HERE.glob("*.cpp"))
+        if path not in (HERE / "module.cpp", HERE / "batches.cpp", *PLACING)
+    ),
+    (RPATH, "-lnghttp2"),
+    (NGHTTP2,),
+)
+PLACEMENT = Extension(
+    "leptonic_placement",
+    (HERE / "placement_module.cpp",),
+    (HERE / "placement.cpp", HERE / "placement_cells.cpp"),
+)
+EXTENSIONS = {one.name: one for one in (PLACEMENT, FRONT)}
+
+
+def fingerprint(one: Extension) -> str:
     """Of everything the extension is made from."""
-    parts = [sys.version, nanobind.__version__, *FLAGS]
-    for path in [*sorted(HERE.glob("*.[hc]*")), Path(__file__)]:
+    parts = [sys.version, nanobind.__version__, *FLAGS, *one.linking]
+    for path in [*one.binding, *one.core, *sorted(HERE.glob("*.h")), Path(__file__)]:
         parts += [path.name, path.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -69,7 +102,7 @@ def linked(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: compiled(source, folder, compiling), sources))
     if not target.exists() or max(o.stat().st_mtime for o in objects) > target.stat().st_mtime:
-        command = ["g++", *linking, *map(str, objects), "-lnghttp2", "-o", str(target)]
+        command = ["g++", *map(str, objects), *linking, "-o", str(target)]
         subprocess.run(command, check=True)
     return target
 
@@ -80,19 +113,15 @@ def folder_for(flags: Sequence[str]) -> Path:
     return BUILD / hashlib.sha256(makers.encode()).hexdigest()[:12]
 
 
-def core() -> list[Path]:
-    return [path for path in sorted(HERE.glob("*.cpp")) if path not in BINDING]
-
-
-def built() -> Path:
+def built(one: Extension) -> Path:
     """Nothing is done when nothing has changed."""
     flags = [*FLAGS, *includes()]
-    target = folder_for(flags) / f"{NAME}{SUFFIX}"
-    stamp = target.with_name("fingerprint")
-    now = fingerprint()
+    target = folder_for(flags) / f"{one.name}{SUFFIX}"
+    stamp = target.with_name(f"{one.name}.fingerprint")
+    now = fingerprint(one)
     if not (target.exists() and stamp.exists() and stamp.read_text() == now):
         nano = Path(nanobind.source_dir()) / "nb_combined.cpp"
-        linked([nano, *BINDING, *core()], target, flags, ["-shared", "-s", RPATH])
+        linked([nano, *one.binding, *one.core], target, flags, ["-shared", "-s", *one.linking])
         stamp.write_text(now)
     return target
 
@@ -101,7 +130,8 @@ def checked(sanitizers: str, rounds: int, seed: int) -> None:
     """Raises `CalledProcessError` for what the checks or the sanitizers find."""
     flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     target = folder_for(flags) / "checks"
-    program = linked([*sorted(CHECKS.glob("*.cpp")), *core()], target, flags, flags[3:4])
+    sources = [*sorted(CHECKS.glob("*.cpp")), *FRONT.core, *PLACEMENT.core]
+    program = linked(sources, target, flags, [flags[3], "-lnghttp2"])
     subprocess.run([str(program), str(seed), str(rounds)], check=True)
 
 
@@ -116,16 +146,22 @@ def install(library: Path) -> str:
     return "built"
 
 
-def wheel(library: Path) -> Path:
+def shared_library(name: str) -> bytes:
+    asked = ["g++", f"-print-file-name={name}"]
+    found = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    return Path(found).read_bytes()
+
+
+def wheel(one: Extension, library: Path) -> Path:
     tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    folder = f"{NAME}-{VERSION}.dist-info"
-    asked = ["g++", f"-print-file-name={NGHTTP2}"]
-    nghttp2 = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    folder = f"{one.name}-{VERSION}.dist-info"
     files = {
         library.name: library.read_bytes(),
-        f"{LIBRARIES}/{NGHTTP2}": Path(nghttp2).read_bytes(),
-        f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n".encode(),
+        **{f"{LIBRARIES}/{name}": shared_library(name) for name in one.carried},
+        f"{folder}/METADATA": (
+            f"Metadata-Version: 2.1\nName: {one.name}\nVersion: {VERSION}\n"
+        ).encode(),
         f"{folder}/WHEEL": (
             "Wheel-Version: 1.0\nGenerator: leptonic\nRoot-Is-Purelib: false\n"
             f"Tag: {tag}-{tag}-{platform}\n"
@@ -133,7 +169,7 @@ def wheel(library: Path) -> Path:
     }
     record = [f"{name},sha256={digest(data)},{len(data)}" for name, data in files.items()]
     files[f"{folder}/RECORD"] = "\n".join([*record, f"{folder}/RECORD,,", ""]).encode()
-    target = ROOT / "dist" / "native" / f"{NAME}-{VERSION}-{tag}-{tag}-{platform}.whl"
+    target = ROOT / "dist" / "native" / f"{one.name}-{VERSION}-{tag}-{tag}-{platform}.whl"
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
@@ -151,7 +187,9 @@ if __name__ == "__main__":
             rounds, seed = int(rest[0]) if rest else ROUNDS, int(rest[1]) if rest[1:] else 1
             for sanitizers in SANITIZERS:
                 checked(sanitizers, rounds, seed)
-        case ["install"]:
-            print(f"native front: {install(built())}")
-        case ["wheel"]:
-            print(wheel(built()).relative_to(ROOT))
+        case ["install", *names]:
+            for name in names or EXTENSIONS:
+                print(f"{name}: {install(built(EXTENSIONS[name]))}")
+        case ["wheel", *names]:
+            for name in names or EXTENSIONS:
+                print(wheel(EXTENSIONS[name], built(EXTENSIONS[name])).relative_to(ROOT))

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The native front: compiled into .venv when what it was made from has changed.
-#   scripts/native.sh          where a compiler and libnghttp2's headers are; else says so, and is well
-#   scripts/native.sh wheel    installs them where it may (root, apt), and leaves a wheel in dist/native
+# The native front and the native pool: compiled into .venv when what they are made from has changed.
+#   scripts/native.sh          where a compiler and, for the front, libnghttp2's headers are; else
+#                              says so, and is well
+#   scripts/native.sh wheel    installs them where it may (root, apt), and leaves wheels in dist/native
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
@@ -19,7 +20,8 @@ if [ -n "$lacks" ] && [ "${1:-}" = wheel ]; then
   fi
 elif [ -n "$lacks" ]; then
   echo "native front: not built, ${lacks//$'\n'/ and } is missing; the Python front takes over"
-  exit 0
+  command -v g++ >/dev/null || { echo "native pool: not built either; the Python pool takes over"; exit 0; }
+  exec "$python" native/build.py install leptonic_placement
 fi
 "$python" native/build.py install
 [ "${1:-}" != wheel ] || "$python" native/build.py wheel

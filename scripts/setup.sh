@@ -19,6 +19,6 @@ import services.ingest.app, services.preprocess.app, services.trainer.app
 import services.registry.app, services.inference.app, services.scheduler.app
 import ray.train.torch, services.trainer.member'
 .venv/bin/python -c 'import sklearn.datasets, tritonclient.grpc'
-scripts/native.sh || echo "native front: not built, it does not compile here; the Python front takes over"
+scripts/native.sh || echo "not all of native/ compiles here; Python takes over from what does not"
 touch .venv/.ready
 echo "set-up: $((SECONDS - started)) s, $(du -sh .venv | cut -f1) in .venv"

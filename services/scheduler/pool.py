@@ -4,11 +4,12 @@
 (`native/placement.h`) is installed it answers the same, faster.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from services.scheduler import scores
+from services.scheduler import native_pool, scores
 from services.scheduler.shapes import (
     GPU_MILLI,
     GPUS_MAX,
@@ -22,6 +23,7 @@ from services.scheduler.shapes import (
     room,
 )
 
+log = logging.getLogger(__name__)
 SCORES = {
     "random": scores.random(0),
     "dot_product": scores.dot_product,
@@ -258,4 +260,8 @@ class PythonPool:
 
 
 def make(policy: str = "fgd", seed: int = 0) -> Pool:
+    """The native one where it is built."""
+    if native_pool.available():
+        return native_pool.NativePool(policy, seed)
+    log.warning("the native pool is not built (scripts/native.sh): placement is slower")
     return PythonPool(policy, seed)

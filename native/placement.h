@@ -1,0 +1,104 @@
+// What is free on the nodes, and where the next worker goes: services/scheduler/pool.py, faster.
+//
+// A row for each shape keeps the score of every node and, in a tournament tree, the best of them.
+// A change is one line in a log; a row reads the lines since it was last asked. What a row says is
+// a function of the nodes' states, so rows can be dropped at any time.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "placement_cells.h"
+
+namespace leptonic::placement {
+
+// A mistake of the scheduler's: more taken than there is, an unknown node.
+struct Broken : std::logic_error {
+  using std::logic_error::logic_error;
+};
+
+struct Spot {
+  uint32_t node;
+  std::vector<int> gpus;
+};
+
+class Pool {
+ public:
+  Pool(Policy policy, uint64_t seed);
+  Pool(const Pool&) = delete;
+
+  // A node's number; those of nodes that left are used again.
+  uint32_t join(const std::string& name, const Kind& kind);
+  void leave(const std::string& name);
+  void change(uint32_t node, const Kind& kind);
+  void open(uint32_t node, bool is_open);
+  uint32_t shape(const Shape& shape);
+  size_t shapes() const { return shapes_.size(); }
+  // Their numbers mean nothing any more.
+  void forget_shapes();
+  // Shapes by number, with their weights; the least gradients of scores 1, 2, ...
+  void learn(const std::vector<std::pair<uint32_t, int64_t>>& typical, std::vector<int64_t> steps);
+  std::optional<Spot> find(uint32_t shape);
+  std::optional<std::vector<Spot>> find_gang(uint32_t shape, int64_t workers, bool one_node);
+  bool fits_empty(uint32_t shape, int64_t workers, bool one_node) const;
+  void take(uint32_t shape, uint32_t node, const std::vector<int>& gpus) { move(shape, node, gpus, 1); }
+  void release(uint32_t shape, uint32_t node, const std::vector<int>& gpus) { move(shape, node, gpus, -1); }
+  const Node& node(uint32_t node) const;
+
+ private:
+  struct Row {
+    uint32_t shape;
+    uint32_t need;
+    std::vector<int64_t> score;  // by node
+    std::vector<uint32_t> best;  // a heap: of each pair the better node
+    size_t read = SIZE_MAX;      // of the log; SIZE_MAX for a row that is to be made anew
+    uint64_t asked = 0;
+  };
+  struct Room {
+    int64_t workers, score;
+    uint32_t node;
+  };
+
+  void move(uint32_t shape, uint32_t node, const std::vector<int>& gpus, int sign);
+  void settle(uint32_t node);
+  void note(uint32_t node);
+  void shorten_log();
+  void spread_orders();
+  void grow();
+  Row& row(uint32_t shape);
+  void drop_oldest_row();
+  void make(Row& row);
+  void catch_up(Row& row);
+  bool is_better(const Row& row, uint32_t left, uint32_t right) const;
+  void replay(Row& row, uint32_t node) const;
+  int64_t evaluate(const Row& row, uint32_t node);
+  bool fits(const Row& row, const Node& node) const;
+  std::vector<int> choose(const Node& node, const Shape& shape);
+  std::vector<int> choose_fgd(const Node& node, const Shape& shape);
+  std::optional<std::vector<Spot>> find_together(uint32_t shape, int64_t workers);
+  std::optional<std::vector<Spot>> find_spread(uint32_t shape, int64_t workers);
+  void fill(uint32_t node, const Shape& shape, int64_t workers, std::vector<Spot>& spots);
+  std::vector<Room> rooms(uint32_t shape, int64_t least);
+
+  Policy policy_;
+  uint64_t lots_;
+  Cells cells_;
+  std::vector<Node> nodes_;
+  std::vector<int64_t> opened_;  // open nodes by kind
+  std::vector<uint32_t> gone_;
+  std::map<std::string, uint32_t> names_;
+  std::vector<Shape> shapes_;
+  std::map<Shape, uint32_t> shape_ids_;
+  std::vector<std::vector<int8_t>> admitted_;  // by shape and kind: -1 unknown
+  std::vector<uint32_t> log_;
+  std::unordered_map<uint32_t, std::unique_ptr<Row>> rows_;
+  uint64_t asked_ = 0;
+};
+
+}  // namespace leptonic::placement

@@ -1,0 +1,127 @@
+// What policies make of a node: formulas of services/scheduler/scores.py, number for number, and
+// the states of a node's GPUs, each kept once.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace leptonic::placement {
+
+constexpr int64_t kGpuMilli = 1000;
+constexpr int64_t kNone = INT64_MIN;  // the score of a node that cannot take it
+
+enum class Policy { kRandom, kDotProduct, kClustering, kPacking, kBestFit, kFgd };
+
+using Label = std::pair<std::string, std::string>;
+
+struct Shape {
+  int64_t cpu_milli = 0, memory_mib = 0;
+  int gpus = 0, gpu_milli = 0;
+  std::vector<std::string> gpu_models;
+  std::string kind;
+  std::vector<Label> labels;
+
+  auto operator<=>(const Shape&) const = default;
+  bool is_part() const { return gpus == 1 && gpu_milli < kGpuMilli; }
+  int sort() const { return gpu_milli == kGpuMilli ? gpus : 0; }
+};
+
+// What machines may have in common; most are of a few kinds.
+struct Kind {
+  int64_t cpu_milli = 0, memory_mib = 0;
+  int gpus = 0;
+  std::string gpu_model;
+  std::vector<std::string> kinds;
+  std::vector<Label> labels;
+
+  auto operator<=>(const Kind&) const = default;
+  bool admits(const Shape& shape) const;
+};
+
+using Levels = std::vector<int16_t>;  // milli free of each GPU
+
+// All nodes of a kind whose GPUs, in some order, have as much free.
+struct Cell {
+  uint32_t kind;
+  Levels levels;  // ascending
+  int64_t total = 0;
+  int whole = 0;
+  std::vector<int64_t> fragments;               // by how many typical amounts of CPU are free
+  std::vector<std::vector<uint32_t>> after;     // by need: the cell after each choice that differs
+
+  int fitting(int64_t milli) const;
+  int64_t room(const Shape& shape, int64_t cpu_milli, int64_t memory_mib) const;
+};
+
+struct Node {
+  uint64_t order = 0;  // as the names
+  size_t changed = 0;  // its last place in the log
+  int64_t cpu_milli = 0, memory_mib = 0;
+  uint32_t kind = 0, cell = 0;
+  bool is_there = false, is_open = false;
+  uint64_t lot = 0;
+  Levels gpus;
+  std::vector<std::pair<int, int>> held;  // sorts of its GPU workers, and how many
+};
+
+struct Typical {
+  Shape shape;
+  int64_t weight;
+};
+
+// The states that nodes are or were in, and what each is to the typical shapes.
+class Cells {
+ public:
+  uint32_t kind(const Kind& kind);
+  const Kind& of(uint32_t kind) const { return kinds_[kind]; }
+  size_t kinds() const { return kinds_.size(); }
+  size_t size() const { return cells_.size(); }
+  uint32_t intern(uint32_t kind, const Levels& gpus);
+  const Cell& operator[](uint32_t cell) const { return cells_[cell]; }
+  // For `after`; a shape's (GPUs, milli) is a need.
+  uint32_t need(const Shape& shape);
+  void learn(std::vector<Typical> typical, std::vector<int64_t> steps);
+  // The best score of a choice of GPUs.
+  int64_t fgd(uint32_t cell, const Shape& shape, uint32_t need, int64_t cpu_milli);
+  // Of that very choice.
+  int64_t fgd(uint32_t before, uint32_t after, int64_t cpu_before, int64_t cpu_after);
+  void forget();
+
+ private:
+  struct Hash {
+    size_t operator()(const std::string& key) const { return std::hash<std::string>()(key); }
+  };
+
+  size_t bucket(int64_t cpu_milli) const;
+  int64_t fragment(uint32_t cell, size_t bucket);
+  std::vector<int64_t> fragments(const Cell& cell) const;
+  const std::vector<uint32_t>& after(uint32_t cell, const Shape& shape, uint32_t need);
+  int64_t score(int64_t gradient) const;
+
+  std::vector<Kind> kinds_;
+  std::map<Kind, uint32_t> kind_ids_;
+  std::vector<Cell> cells_;
+  std::unordered_map<std::string, uint32_t> ids_;
+  std::map<std::pair<int, int>, uint32_t> needs_;
+  std::vector<Typical> typical_;
+  std::vector<int64_t> cpus_;   // of typical shapes with GPUs, each once, ascending
+  std::vector<int64_t> steps_;
+  int64_t weights_ = 0;
+};
+
+uint64_t mixed(uint64_t word);
+uint64_t hashed(std::string_view name);
+// The tightest GPUs for it, in the order of their numbers.
+std::vector<int> tightest(const Levels& gpus, const Shape& shape);
+int64_t best_fit(const Node& node, const Cell& cell, const Shape& shape);
+int64_t packing(const Cell& cell, const Shape& shape);
+int64_t clustering(const Node& node, const Cell& cell, const Shape& shape);
+std::pair<int64_t, std::vector<int>> dot_product(const Node& node, const Shape& shape);
+
+}  // namespace leptonic::placement

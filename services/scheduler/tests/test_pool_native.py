@@ -1,0 +1,196 @@
+"""The native pool answers as the Python one, step by step, over random walks and all policies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.scheduler import native_pool
+from services.scheduler.pool import SCORES, PythonPool
+from services.scheduler.shapes import Machine, Shape, Spot, capacity
+
+pytestmark = pytest.mark.skipif(
+    not native_pool.available(), reason="leptonic_placement is not built"
+)
+NAMES = [f"n{i}" for i in (3, 1, 12, 2, 0, 7)]
+MODELS = ("T4", "V100")
+ZONES = ((), (("zone", "x"),))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    """A worker without, with a part of, or with whole GPUs."""
+    gpus, milli = draw(
+        st.sampled_from([(0, 0), (1, 100), (1, 330), (1, 500), (1, 1000), (2, 1000), (4, 1000)])
+    )
+    return Shape(
+        cpu_milli=draw(st.sampled_from([0, 500, 1000, 4000, 7000])),
+        memory_mib=draw(st.sampled_from([0, 100, 900])),
+        gpus=gpus,
+        gpu_milli=milli,
+        gpu_models=draw(st.sampled_from([(), (), ("T4",), MODELS])),
+        kind=draw(st.sampled_from(["", "", "train"])),
+        labels=draw(st.sampled_from([(), *ZONES])),
+    )
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    return Machine(
+        node=draw(st.sampled_from(NAMES)),
+        cpu_milli=draw(st.sampled_from([2000, 8000, 16_000, 200_000])),
+        memory_mib=draw(st.sampled_from([100, 2000, 4000])),
+        gpus=draw(st.sampled_from([0, 1, 2, 4, 8])),
+        gpu_model=draw(st.sampled_from(MODELS)),
+        kinds=draw(st.sampled_from([(), ("train",), ("serve", "train")])),
+        labels=draw(st.sampled_from(ZONES)),
+    )
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("join"), machines()),
+    st.tuples(st.just("join"), machines()),
+    st.tuples(st.just("leave"), st.sampled_from(NAMES)),
+    st.tuples(st.just("change"), machines()),
+    st.tuples(st.just("open"), st.sampled_from(NAMES), st.booleans()),
+    st.tuples(st.just("learn"), st.lists(st.tuples(shapes(), st.integers(1, 9)), max_size=4)),
+    st.tuples(st.just("place"), shapes(), st.integers(1, 9), st.booleans()),
+    st.tuples(st.just("place"), shapes(), st.just(1), st.booleans()),
+    st.tuples(st.just("finish"), st.integers(0, 99)),
+    st.tuples(st.just("try"), shapes(), st.integers(1, 4), st.integers(0, 99)),
+)
+
+
+class Twins:
+    """Both pools, driven alike; every answer is compared."""
+
+    def __init__(self, policy: str) -> None:
+        self.pools = (PythonPool(policy, 7), native_pool.NativePool(policy, 7))
+        self.placed: list[list[tuple[Shape, Spot]]] = []
+
+    def both(self, ask: Callable[[Any], Any]) -> Any:
+        python, native = (ask(pool) for pool in self.pools)
+        assert python == native
+        return python
+
+    def join(self, machine: Machine) -> None:
+        if machine.node not in self.pools[0].nodes:
+            self.both(lambda pool: pool.join(machine))
+            self.both(lambda pool: pool.open(machine.node, True))
+
+    def leave(self, node: str) -> None:
+        if node in self.pools[0].nodes and not any(s.node == node for s in self.spots()):
+            self.both(lambda pool: pool.leave(node))
+
+    def spots(self) -> list[Spot]:
+        return [spot for gang in self.placed for _, spot in gang]
+
+    def change(self, machine: Machine) -> None:
+        if machine.node in self.pools[0].nodes:
+            old = self.pools[0].nodes[machine.node].machine
+            more = max(old.cpu_milli, machine.cpu_milli), max(old.memory_mib, machine.memory_mib)
+            gpus = max(old.gpus, machine.gpus)
+            grown = msgspec.structs.replace(
+                machine, cpu_milli=more[0], memory_mib=more[1], gpus=gpus
+            )
+            self.both(lambda pool: pool.change(grown))
+
+    def open(self, node: str, is_open: bool) -> None:
+        if node in self.pools[0].nodes:
+            self.both(lambda pool: pool.open(node, is_open))
+
+    def learn(self, typical: list[tuple[Shape, int]]) -> None:
+        self.both(lambda pool: pool.learn(typical))
+
+    def place(self, shape: Shape, workers: int, one_node: bool) -> None:
+        self.both(lambda pool: pool.fits_empty(shape, workers, one_node))
+        self.both(lambda pool: pool.find(shape))
+        found = self.both(lambda pool: pool.find_gang(shape, workers, one_node))
+        if found:
+            self.placed.append([(shape, spot) for spot in found])
+            for spot in found:
+                self.take(shape, spot)
+
+    def take(self, shape: Shape, spot: Spot) -> None:
+        self.both(lambda pool: pool.take(shape, spot))
+
+    def release(self, shape: Shape, spot: Spot) -> None:
+        self.both(lambda pool: pool.release(shape, spot))
+
+    def finish(self, which: int) -> None:
+        if self.placed:
+            for shape, spot in self.placed.pop(which % len(self.placed)):
+                self.release(shape, spot)
+
+    def try_(self, shape: Shape, workers: int, which: int) -> None:
+        releases = self.placed[which % len(self.placed)] if self.placed else []
+        self.both(lambda pool: pool.try_without(releases, shape, workers, one_node=False))
+
+    def compare(self) -> None:
+        for node in self.pools[0].nodes:
+            self.compare_node(node)
+
+    def compare_node(self, node: str) -> None:
+        self.both(lambda pool: pool.free(node))
+
+
+@pytest.mark.parametrize("policy", SCORES)
+@given(steps=st.lists(STEPS, max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_both_answer_alike(policy: str, steps: list[tuple[Any, ...]]) -> None:
+    twins = Twins(policy)
+    for name, *arguments in steps:
+        getattr(twins, "try_" if name == "try" else name)(*arguments)
+        twins.compare()
+
+
+def test_many_names_in_any_order_keep_their_order() -> None:
+    """Ties go to the first name; between two names that come one after the other there are more
+    joins than the numbers between them."""
+    pool = native_pool.NativePool("best_fit", 0)
+    names = ["a", "z"] + ["a" + "b" * i for i in range(80, 0, -1)] + ["y" * i for i in range(1, 90)]
+    for name in names:
+        pool.join(Machine(name, 1000, 1000))
+        pool.open(name, True)
+    taken = []
+    while spot := pool.find(Shape(1000, 0)):
+        pool.take(Shape(1000, 0), spot)
+        taken.append(spot.node)
+    assert taken == sorted(names)
+
+
+def test_forgetting_shapes_and_states_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_pool, "SHAPES_MAX", 3)
+    twins = Twins("fgd")
+    for name in NAMES:
+        twins.join(Machine(name, 16_000, 4000, 4))
+    twins.learn([(Shape(0, 0, 1, 500), 2), (Shape(1000, 0, 2, 1000), 1)])
+    for i in range(40):
+        twins.place(Shape(100 * (i % 7), 0, 1, 100 + 100 * (i % 5)), 1, False)
+        twins.compare()
+
+
+def test_more_than_there_is_is_refused_as_in_python() -> None:
+    pool = native_pool.NativePool("fgd", 0)
+    machine = Machine("a", 1000, 1000, 2)
+    pool.join(machine)
+    for shape, spot in [
+        (Shape(2000, 0), Spot("a")),
+        (Shape(0, 2000), Spot("a")),
+        (Shape(0, 0, 1, 1000), Spot("a", (2,))),
+        (Shape(0, 0, 2, 1000), Spot("a", (0, 0))),
+        (Shape(0, 0, 2, 1000), Spot("a", (0,))),
+    ]:
+        with pytest.raises(AssertionError):
+            pool.take(shape, spot)
+        with pytest.raises(AssertionError):
+            pool.release(Shape(1, 0), Spot("a"))
+        assert pool.free("a") == capacity(machine)
+    pool.take(Shape(0, 0, 1, 1), Spot("a", (1,)))
+    with pytest.raises(AssertionError):
+        pool.leave("a")
+    with pytest.raises(AssertionError):
+        pool.change(Machine("a", 1000, 1000, 1))
