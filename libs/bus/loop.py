@@ -17,7 +17,8 @@ import msgspec
 from libs import telemetry
 from libs.bus import EVENTS, ID_HEADER, TRACE_HEADER, Bus, Delivery, Subscription, metrics
 from libs.bus.metrics import DEAD_LETTERED, HANDLED, RETRIED
-from libs.contracts.events import Event, UnknownType, decode
+from libs.contracts.envelope import UnknownType, decode
+from libs.contracts.events import Event
 
 log = logging.getLogger(__name__)
 ATTEMPTS_MAX = 5

@@ -1,4 +1,4 @@
-"""Every platform event, and the CloudEvents 1.0 envelope it travels in.
+"""Every platform event; `envelope.py` has the CloudEvents 1.0 envelope it travels in.
 
 An event class is a fact in the past tense. Its NATS subject is
 `events.<project>.<entity>.<verb>` and its CloudEvents type
@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-SOURCE_PREFIX = "/leptonic/"
 TYPE_PREFIX = "ai.leptonic."
 
 
@@ -393,47 +392,3 @@ def subject_of(event: Event) -> str:
 
 
 BY_TYPE: dict[str, type[Event]] = {type_of(kind): kind for kind in EVENTS}
-
-
-class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """CloudEvents 1.0, structured mode, with the distributed tracing extension."""
-
-    specversion: str
-    id: str
-    source: str
-    type: str
-    time: str
-    datacontenttype: str = ""
-    traceparent: str = ""
-    data: msgspec.Raw
-
-
-def encode(event: Event, *, id: str, service: str, time: str, traceparent: str = "") -> bytes:
-    """Event -> CloudEvents JSON. `time` is RFC 3339, `id` unique for ever."""
-    envelope = Envelope(
-        specversion="1.0",
-        id=id,
-        source=SOURCE_PREFIX + service,
-        type=type_of(event),
-        time=time,
-        datacontenttype="application/json",
-        traceparent=traceparent,
-        data=msgspec.Raw(msgspec.json.encode(event)),
-    )
-    return msgspec.json.encode(envelope)
-
-
-class UnknownType(msgspec.ValidationError):
-    """An event, of a type that another release reads."""
-
-
-def decode(payload: bytes) -> tuple[Envelope, Event]:
-    """CloudEvents JSON -> (envelope, event); fields that are not known are passed over.
-
-    Raises `UnknownType`, or `msgspec.ValidationError` for a payload that is no event.
-    """
-    envelope = msgspec.json.decode(payload, type=Envelope)
-    kind = BY_TYPE.get(envelope.type)
-    if kind is None:
-        raise UnknownType(f"unknown event type {envelope.type!r}")
-    return envelope, msgspec.json.decode(envelope.data, type=kind)

@@ -23,7 +23,8 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from libs import telemetry
 from libs.bus import TRACE_HEADER, Bus
 from libs.bus.metrics import type_of
-from libs.contracts.events import Event, encode, subject_of
+from libs.contracts.envelope import encode
+from libs.contracts.events import Event, subject_of
 from libs.database.metrics import OUTBOX, PUBLISHED
 
 __all__ = ["TRANSIENT", "Contract", "Database", "Jsonb", "Transaction", "connect"]

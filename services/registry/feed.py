@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from libs.bus import DEAD_LETTERS, EVENTS, ID_HEADER, TRACE_HEADER, Bus, Delivery, ReadFailed
-from libs.contracts.events import Envelope
+from libs.contracts.envelope import Envelope
 from libs.contracts.pipeline import is_name
 from libs.doors import Invalid, Unavailable
 

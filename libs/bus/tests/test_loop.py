@@ -21,7 +21,8 @@ from libs.bus.loop import (
     subjects_of,
 )
 from libs.bus.memory import MemoryBus, Misbehaviour
-from libs.contracts.events import JobCancelled, PartLanded, encode, subject_of
+from libs.contracts.envelope import encode
+from libs.contracts.events import JobCancelled, PartLanded, subject_of
 
 EVENT = JobCancelled(project="p", job="j")
 

@@ -9,16 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from libs.contracts.events import (
-    BY_TYPE,
-    EVENTS,
-    Event,
-    JobCancelled,
-    decode,
-    encode,
-    subject_of,
-    type_of,
-)
+from libs.contracts.envelope import decode, encode
+from libs.contracts.events import BY_TYPE, EVENTS, Event, JobCancelled, subject_of, type_of
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 STORED = sorted(SAMPLES.glob("*.json"))

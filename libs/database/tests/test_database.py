@@ -14,7 +14,8 @@ from libs import database
 from libs.bus import EVENTS, PublishFailed
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.memory import MemoryBus, Misbehaviour
-from libs.contracts.events import JobCancelled, decode
+from libs.contracts.envelope import decode
+from libs.contracts.events import JobCancelled
 from libs.database import TRANSIENT, Database, SchemaTooNew, Transaction, connect
 from stack import ports, servers
 from stack.testing import Server, eventually

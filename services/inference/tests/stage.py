@@ -15,14 +15,13 @@ from libs.contracts.artifacts import (
     Tensor,
     canonical,
 )
+from libs.contracts.envelope import decode, encode
 from libs.contracts.events import (
     AttemptPlaced,
     AttemptStopped,
     DeploymentUpdated,
     Event,
     Target,
-    decode,
-    encode,
     subject_of,
 )
 from libs.objectstore import ObjectStore, key_of

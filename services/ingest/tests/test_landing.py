@@ -12,7 +12,8 @@ from libs import database
 from libs.bus import DEAD_LETTERS, EVENTS, RECORDS, Delivery, Subscription
 from libs.bus.jetstream import JetStreamBus
 from libs.contracts.artifacts import digest_of
-from libs.contracts.events import PartLanded, decode
+from libs.contracts.envelope import decode
+from libs.contracts.events import PartLanded
 from libs.database import Database
 from libs.objectstore import ObjectStore
 from services.ingest import store

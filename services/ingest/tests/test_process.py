@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from libs.bus.jetstream import JetStreamBus
-from libs.contracts.events import encode, subject_of
+from libs.contracts.envelope import encode
+from libs.contracts.events import subject_of
 from libs.database import Database
 from libs.objectstore import ObjectStore
 from services.ingest.tests.pipelines import applied, digit, message

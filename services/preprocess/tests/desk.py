@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from libs.bus.loop import Meta
-from libs.contracts.events import Event, PartLanded, PipelineApplied, decode
+from libs.contracts.envelope import decode
+from libs.contracts.events import Event, PartLanded, PipelineApplied
 from libs.database import Database
 from libs.objectstore import ObjectStore
 from services.preprocess import worker

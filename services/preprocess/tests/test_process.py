@@ -16,7 +16,8 @@ import pytest
 from libs import database
 from libs.bus import EVENTS
 from libs.bus.jetstream import JetStreamBus
-from libs.contracts.events import DatasetVersionCreated, Event, decode, encode, subject_of
+from libs.contracts.envelope import decode, encode
+from libs.contracts.events import DatasetVersionCreated, Event, subject_of
 from libs.contracts.protos import preprocess_pb2 as pb
 from libs.contracts.protos import preprocess_pb2_grpc
 from libs.objectstore import ObjectStore

@@ -20,7 +20,8 @@ from libs.contracts.artifacts import (
     TrainResult,
     canonical,
 )
-from libs.contracts.events import Event, JobSucceeded, decode, encode, subject_of
+from libs.contracts.envelope import decode, encode
+from libs.contracts.events import Event, JobSucceeded, subject_of
 from libs.contracts.protos import registry_pb2 as pb
 from libs.objectstore import ObjectStore
 from services.registry import handlers

@@ -7,7 +7,8 @@ import pytest
 from starlette.applications import Starlette
 
 from libs.bus.memory import MemoryBus
-from libs.contracts.events import JobCancelled, encode, subject_of
+from libs.contracts.envelope import encode
+from libs.contracts.events import JobCancelled, subject_of
 from libs.doors import Refused
 from libs.doors.gateway import on_refused
 from services.registry.feed import routes

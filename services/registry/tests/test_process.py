@@ -15,7 +15,7 @@ import pytest
 from libs import database
 from libs.bus import EVENTS
 from libs.bus.jetstream import JetStreamBus
-from libs.contracts.events import decode
+from libs.contracts.envelope import decode
 from libs.contracts.protos import registry_pb2 as pb
 from libs.contracts.protos import registry_pb2_grpc
 from libs.objectstore import ObjectStore

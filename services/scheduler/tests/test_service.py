@@ -16,17 +16,15 @@ import pytest
 from libs.bus import EVENTS
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.loop import ACK_WAIT_S
+from libs.contracts.envelope import Envelope, decode, encode
 from libs.contracts.events import (
     AttemptPlaced,
     AttemptStarted,
     AttemptSucceeded,
-    Envelope,
     Event,
     JobRequested,
     JobSucceeded,
     Resources,
-    decode,
-    encode,
     subject_of,
 )
 from services.scheduler.stimuli import Heartbeat, Running

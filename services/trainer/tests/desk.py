@@ -15,14 +15,13 @@ from libs import database
 from libs.bus import EVENTS
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.loop import run_once, subjects_of
+from libs.contracts.envelope import decode, encode
 from libs.contracts.events import (
     AttemptPlaced,
     DatasetVersionCreated,
     Event,
     PipelineApplied,
     Resources,
-    decode,
-    encode,
     subject_of,
 )
 from libs.contracts.pipeline import convert

@@ -20,7 +20,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from libs.bus import EVENTS
 from libs.bus.jetstream import JetStreamBus
-from libs.contracts.events import AttemptPlaced, Event, decode, encode, subject_of
+from libs.contracts.envelope import decode, encode
+from libs.contracts.events import AttemptPlaced, Event, subject_of
 from libs.contracts.protos import registry_pb2_grpc
 from libs.objectstore import ObjectStore
 from services.trainer.reaper import marked
