@@ -1,11 +1,14 @@
-"""Jobs: what was asked for, and what became of it."""
+"""Jobs: what was asked for, where it is, and what became of it."""
 
 import re
+from functools import cached_property
 
 import msgspec
 
 from libs.contracts.events import JobRequested, Resources
-from services.scheduler.nodes import DIMENSIONS, times
+from services.scheduler import levels
+from services.scheduler.nodes import DIMENSIONS
+from services.scheduler.shapes import GPU_MILLI, GPUS_MAX, Shape, Spot
 from services.scheduler.stimuli import AMOUNT_MAX
 
 WAITING, PLACED, RUNNING = "waiting", "placed", "running"
@@ -20,6 +23,8 @@ NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,200}")
 WORKERS_MAX = 1024
 PRIORITY_MAX = 1_000_000
 ATTEMPTS_MAX = 1_000_000_000
+DURATION_S_MAX = 1 << 31
+MODELS_MAX = LABELS_MAX = 64
 SPEC_BYTES_MAX = RESULT_BYTES_MAX = 1 << 20
 """Spec and result travel together in `JobSucceeded`, which must fit a bus message (8 MiB)."""
 
@@ -27,15 +32,59 @@ Key = tuple[str, str]
 """(project, job)"""
 
 
-class Placement(msgspec.Struct, frozen=True):
-    """The one live attempt of a job: all its workers, on one node."""
+class Ask(msgspec.Struct, frozen=True, order=True):
+    """What decides whether a gang fits; jobs that ask for the same wait in one line."""
+
+    shape: Shape
+    workers: int
+    one_node: bool
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What one node holds of an attempt."""
 
     node: str
+    rank: int
+    """Of the first worker here."""
+    gpus: list[tuple[int, ...]]
+    """Of each worker here."""
+    model: str = ""
+    """Of those GPUs, as the node said when it was placed."""
+
+    @property
+    def spots(self) -> list[Spot]:
+        return [Spot(self.node, gpus) for gpus in self.gpus]
+
+
+class Placement(msgspec.Struct):
+    """The one live attempt of a job: all its workers."""
+
     attempt: int
     token: int
+    parts: list[Part] = []
+    rank: int = 0
+    """The job's priority when it was placed, aged: what it is defended with."""
+    placed_at: float = 0.0
+    running_at: float = 0.0
+    """Since when all its nodes have started it; 0 before."""
+    started: list[str] = []
+    """Nodes that said they have."""
+    done: list[str] = []
+    """Nodes that said they are through."""
+    result: dict[str, object] = {}
+    """Of its first worker, until all are through."""
+    node: str = ""
+    """Where a snapshot of an earlier release has the whole gang; `restore` makes a part of it."""
+
+    @property
+    def nodes(self) -> set[str]:
+        return {part.node for part in self.parts}
+
+    def part_on(self, node: str) -> Part | None:
+        return next((part for part in self.parts if part.node == node), None)
 
 
-class Job(msgspec.Struct, kw_only=True):
+class Job(msgspec.Struct, kw_only=True, dict=True):
     request: JobRequested
     """Without its spec once the job has ended."""
     traceparent: str
@@ -50,20 +99,87 @@ class Job(msgspec.Struct, kw_only=True):
     reason: str = ""
     """What ended it, or its last attempt."""
     result: dict[str, object] = {}
+    preempted: int = 0
+    """Attempts that were taken back for another job; they do not count against its limit."""
+    attained_gpu_s: float = 0.0
+    """Service of earlier attempts."""
+    ran_s: float = 0.0
+    """Time in placements, which does not age it."""
+    is_overdue: bool = False
+    """It has waited as long as anybody may, in a queue by attained service."""
 
-    @property
+    @cached_property
     def key(self) -> Key:
         return self.request.project, self.request.job
+
+    @cached_property
+    def ask(self) -> Ask:
+        return Ask(shape_of(self.request), self.request.workers, self.request.topology == "node")
+
+    @cached_property
+    def gpu_milli(self) -> int:
+        """Of the whole gang."""
+        return self.ask.workers * self.ask.shape.gpus * self.ask.shape.gpu_milli
 
     @property
     def need(self) -> Resources:
         """Of the whole gang."""
-        return times(self.request.workers, self.request.resources)
+        return self.need_of(self.ask.workers)
+
+    def need_of(self, workers: int) -> Resources:
+        """Of so many of its workers; GPUs as milli in all."""
+        shape = self.ask.shape
+        gpu_milli = workers * shape.gpus * shape.gpu_milli
+        return Resources(workers * shape.cpu_milli, workers * shape.memory_mib, gpu_milli)
 
     @property
-    def place(self) -> tuple[int, int, Key]:
-        """In its queue: by priority, then by submission."""
-        return -self.request.priority, self.number, self.key
+    def live(self) -> Placement:
+        """Of a job that is placed."""
+        assert self.placement is not None, self.key
+        return self.placement
+
+    def releases(self) -> list[tuple[Shape, Spot]]:
+        """What its end gives back."""
+        shape = self.ask.shape
+        return [(shape, spot) for part in self.live.parts for spot in part.spots]
+
+    def attained(self, now: float) -> float:
+        """GPU seconds so far, of all attempts."""
+        placement = self.placement
+        if placement is None or not placement.running_at:
+            return self.attained_gpu_s
+        return self.attained_gpu_s + self.gpu_milli / GPU_MILLI * (now - placement.running_at)
+
+    def waited(self, now: float) -> float:
+        """In all, seconds; a placement's time is none of it."""
+        end = now if self.placement is None else self.placement.placed_at
+        return end - self.submitted_at - self.ran_s
+
+    def standing(self, now: float) -> levels.Standing:
+        return levels.Standing(self.number, self.gpu_milli, self.attained(now), self.waited(now))
+
+    def rank(self, aging_s: int, now: float) -> int:
+        """Its priority, raised by what it has waited; frozen while it is placed."""
+        if self.placement is not None:
+            return self.placement.rank
+        return self.request.priority + (int(self.waited(now) // aging_s) if aging_s else 0)
+
+
+def shape_of(request: JobRequested) -> Shape:
+    """2000 milli of one GPU are two whole ones: so they were asked for before there was `gpus`."""
+    each = request.resources
+    gpus, milli = (each.gpus, each.gpu_milli) if each.gpu_milli else (0, 0)
+    if gpus == 1 and milli > GPU_MILLI:
+        gpus, milli = milli // GPU_MILLI, GPU_MILLI
+    return Shape(
+        cpu_milli=each.cpu_milli,
+        memory_mib=each.memory_mib,
+        gpus=gpus,
+        gpu_milli=milli if gpus else 0,
+        gpu_models=tuple(sorted(set(request.gpu_models))),
+        kind=request.kind,
+        labels=tuple(sorted(request.labels.items())),
+    )
 
 
 def problem_of(request: JobRequested) -> tuple[str, str]:
@@ -74,17 +190,40 @@ def problem_of(request: JobRequested) -> tuple[str, str]:
         name = getattr(request, field)
         if not NAME.fullmatch(name):
             return field, f"1 to 200 of A-Z a-z 0-9 _ . : @ -, got {name[:80]!r}"
-    bounds = {
-        "workers": (1, request.workers, WORKERS_MAX),
-        "attempts_max": (1, request.attempts_max, ATTEMPTS_MAX),
-        "priority": (-PRIORITY_MAX, request.priority, PRIORITY_MAX),
-    }
-    for name in DIMENSIONS:
-        bounds[f"resources.{name}"] = (0, getattr(request.resources, name), AMOUNT_MAX)
-    for field, (low, amount, high) in bounds.items():
+    for field, (low, amount, high) in bounds_of(request).items():
         if not low <= amount <= high:
             return field, f"{low} to {high}, got {amount}"
+    if problem := gpu_problem_of(request.resources):
+        return "resources.gpu_milli", problem
+    if not request.spec:
+        return "", ""
     size = len(msgspec.json.encode(request.spec))
     if size > SPEC_BYTES_MAX:
         return "spec", f"at most {SPEC_BYTES_MAX} bytes of JSON, got {size}"
     return "", ""
+
+
+def bounds_of(request: JobRequested) -> dict[str, tuple[int, int, int]]:
+    """Field -> (least, asked for, most)."""
+    bounds = {
+        "workers": (1, request.workers, WORKERS_MAX),
+        "attempts_max": (1, request.attempts_max, ATTEMPTS_MAX),
+        "priority": (-PRIORITY_MAX, request.priority, PRIORITY_MAX),
+        "duration_s": (0, request.duration_s, DURATION_S_MAX),
+        "gpu_models": (0, len(request.gpu_models), MODELS_MAX),
+        "labels": (0, len(request.labels), LABELS_MAX),
+        "resources.gpus": (0, request.resources.gpus, GPUS_MAX),
+    }
+    for name in DIMENSIONS:
+        bounds[f"resources.{name}"] = (0, getattr(request.resources, name), AMOUNT_MAX)
+    return bounds
+
+
+def gpu_problem_of(each: Resources) -> str:
+    """A part of one GPU, or whole ones."""
+    milli = each.gpu_milli
+    if each.gpus > 1 and milli not in (0, GPU_MILLI):
+        return f"{GPU_MILLI} of each of {each.gpus} GPUs, or a part of one; got {milli}"
+    if milli > GPU_MILLI and (milli % GPU_MILLI or milli > GPUS_MAX * GPU_MILLI):
+        return f"at most {GPU_MILLI}, or whole GPUs up to {GPUS_MAX * GPU_MILLI}; got {milli}"
+    return ""

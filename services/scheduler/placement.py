@@ -1,25 +1,26 @@
-"""Where a gang goes, and why it goes nowhere.
+"""Why a gang goes nowhere, and where one is that an earlier release placed."""
 
-A gang is placed whole on one node or not at all: its workers share a host, which is what the
-agents of today can start. Any node that announces the job's kind and is Healthy may take it.
-"""
+from collections.abc import Sequence
 
-from collections.abc import Iterable
+from services.scheduler.jobs import Ask, Job, Part
+from services.scheduler.nodes import HEALTHY, Node
+from services.scheduler.pool import Pool
+from services.scheduler.shapes import Free, admits, capacity, room
 
-from libs.contracts.events import Resources
-from services.scheduler.nodes import HEALTHY, Node, lacking, times
-
-
-def first_fit(nodes: Iterable[Node], kind: str, need: Resources) -> Node | None:
-    """The first node, by name, that can take the whole need now."""
-    for node in nodes:
-        if node.state == HEALTHY and kind in node.kinds and not lacking(need, node.free):
-            return node
-    return None
+AMOUNTS = ("cpu_milli", "memory_mib", "gpu_milli")
 
 
-def explain(nodes: list[Node], kind: str, workers: int, each: Resources) -> str:
+def adopt(pool: Pool, job: Job, node: str) -> list[Part]:
+    """The whole gang on a node, which a snapshot without GPU indices names; [] if it is full."""
+    pool.open(node, True)
+    spots = pool.find_gang(job.ask.shape, job.ask.workers, one_node=True)
+    pool.open(node, False)
+    return [Part(node, 0, [spot.gpus for spot in spots])] if spots else []
+
+
+def explain(nodes: Sequence[Node], pool: Pool, ask: Ask) -> str:
     """Why a gang that fits nowhere waits, in one sentence with the numbers."""
+    kind = ask.shape.kind
     able = [node for node in nodes if kind in node.kinds]
     if not able:
         kinds = sorted({kind for node in nodes for kind in node.kinds})
@@ -28,24 +29,62 @@ def explain(nodes: list[Node], kind: str, workers: int, each: Resources) -> str:
     if not healthy:
         states = ", ".join(f"{node.node} is {node.state}" for node in able)
         return f"needs a Healthy node for kind {kind!r}: {states}"
-    need = times(workers, each)
-    large = [node for node in healthy if not lacking(need, node.capacity)]
-    node, dimension = nearest(large, need, "free") if large else nearest(healthy, need, "capacity")
-    needs = f"needs {workers} x {getattr(each, dimension)} {dimension}"
+    fitting = [node for node in healthy if admits(node.machine, ask.shape)]
+    if not fitting:
+        return unfit(healthy, ask)
+    return too_little(fitting, pool, ask)
+
+
+def unfit(nodes: Sequence[Node], ask: Ask) -> str:
+    shape = ask.shape
+    models = sorted({node.gpu_model for node in nodes if node.gpu_model})
+    wanted = [f"{name}={value}" for name, value in shape.labels]
+    if shape.gpu_models:
+        wanted.insert(0, f"a GPU of {' or '.join(shape.gpu_models)}")
+    return f"needs {', '.join(wanted)}; no node has that (GPUs: {', '.join(models) or 'none'})"
+
+
+def too_little(nodes: Sequence[Node], pool: Pool, ask: Ask) -> str:
+    if not ask.one_node and ask.workers > 1:
+        free = sum(room(pool.free(node.node), ask.shape) for node in nodes)
+        whole = sum(room(capacity(node.machine), ask.shape) for node in nodes)
+        return f"needs room for {ask.workers} workers; there is for {free}, of {whole} in all"
+    large = [node for node in nodes if room(capacity(node.machine), ask.shape) >= ask.workers]
+    frees = {
+        node.node: pool.free(node.node) if large else capacity(node.machine)
+        for node in large or nodes
+    }
+    node, dimension = nearest(frees, ask)
+    each = amounts_of_shape(ask)[dimension]
+    needs = f"needs {ask.workers} x {each} {dimension}"
+    has = amounts_of_free(frees[node])[dimension]
     if large:
-        free = getattr(node.free, dimension)
-        return f"{needs}; the largest free node {node.node} has {free} free"
-    capacity = getattr(node.capacity, dimension)
-    return f"{needs}; no node is that large: {node.node} has {capacity} in all"
+        return f"{needs}; the largest free node {node} has {has} free"
+    return f"{needs}; no node is that large: {node} has {has} in all"
 
 
-def nearest(nodes: list[Node], need: Resources, amount: str) -> tuple[Node, str]:
-    """The node that lacks the fewest dimensions, then the least; and the first it lacks."""
+def amounts_of_shape(ask: Ask) -> dict[str, int]:
+    shape = ask.shape
+    return dict(
+        zip(AMOUNTS, (shape.cpu_milli, shape.memory_mib, shape.gpus * shape.gpu_milli), strict=True)
+    )
 
-    def distance(node: Node) -> tuple[int, int]:
-        lacks = lacking(need, getattr(node, amount))
-        first = lacks[0]
-        return len(lacks), getattr(need, first) - getattr(getattr(node, amount), first)
 
-    node = min(nodes, key=distance)
-    return node, lacking(need, getattr(node, amount))[0]
+def amounts_of_free(free: Free) -> dict[str, int]:
+    return dict(zip(AMOUNTS, (free.cpu_milli, free.memory_mib, sum(free.gpus)), strict=True))
+
+
+def nearest(frees: dict[str, Free], ask: Ask) -> tuple[str, str]:
+    """The node that lacks the fewest dimensions, then the least; and the first it lacks.
+
+    Where no dimension lacks in all, its GPUs are too much in pieces.
+    """
+    each = amounts_of_shape(ask)
+
+    def lacks(name: str) -> dict[str, int]:
+        has = amounts_of_free(frees[name])
+        missing = {d: ask.workers * each[d] - has[d] for d in AMOUNTS}
+        return {d: amount for d, amount in missing.items() if amount > 0} or {"gpu_milli": 0}
+
+    node = min(frees, key=lambda name: (len(lacks(name)), next(iter(lacks(name).values()))))
+    return node, next(iter(lacks(node)))

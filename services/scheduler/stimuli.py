@@ -70,6 +70,8 @@ class Tick(msgspec.Struct, frozen=True):
     """Time passed, and these nodes were silent for too long."""
 
     silent: list[str] = []
+    look: bool = False
+    """What the scheduler wanted to look at again by now (`Scheduler.due_at`) is due."""
 
 
 class QueueSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

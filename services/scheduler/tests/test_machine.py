@@ -19,6 +19,7 @@ from libs.contracts.events import (
     Resources,
 )
 from services.scheduler.domain import Scheduler, State, restore
+from services.scheduler.nodes import minus
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, Running, Stimulus, Tick, decode
 
 NODES = ("a", "b", "c")
@@ -28,13 +29,13 @@ amounts = st.builds(
     Resources,
     cpu_milli=st.integers(0, 4) | st.just(3),
     memory_mib=st.integers(0, 3),
-    gpu_milli=st.sampled_from([0, 0, 1]),
+    gpu_milli=st.sampled_from([0, 0, 1000]),
 )
 capacities = st.builds(
     Resources,
     cpu_milli=st.integers(2, 8),
     memory_mib=st.integers(2, 8),
-    gpu_milli=st.integers(0, 2),
+    gpu_milli=st.sampled_from([0, 1000, 2000]),
 )
 
 
@@ -256,7 +257,8 @@ class Machine(RuleBasedStateMachine):
     def agrees_with_the_ledger(self) -> None:
         for name, node in self.scheduler.nodes.items():
             free = self.free(name)
-            assert {d: getattr(node.free, d) for d in DIMENSIONS} == free
+            left = minus(node.capacity, node.allocated)
+            assert {d: getattr(left, d) for d in DIMENSIONS} == free
             assert min(free.values()) >= 0, "over capacity"
         placements = {job.key[1]: job.placement for job in self.scheduler.jobs.values()}
         in_force = {job: token.token for job, token in placements.items() if token}

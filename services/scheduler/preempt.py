@@ -1,0 +1,199 @@
+"""Whom a job may have evicted, and whom it has: the fewest, and only if it can be placed then."""
+
+from collections.abc import Iterator, Sequence
+
+from services.scheduler import levels
+from services.scheduler.book import Book, Claim
+from services.scheduler.jobs import LIVE, Ask, Job
+from services.scheduler.quota import amounts_placed
+from services.scheduler.shapes import Free, Spot, admits, room
+
+VICTIMS_MAX = 512
+"""So many are looked at, those that give way most easily first."""
+
+
+def may_evict(book: Book, claim: Claim, victim: Job) -> bool:
+    """The one rule.
+
+    Of its own queue: what has a lower priority, or by levels of service, as the queue says. Of its
+    cohort: what another queue runs on borrowed resources, as long as the claim's queue keeps
+    within its own with it, and after the grace that its queue grants. Nobody gives way to a job
+    that was evicted by the very stimulus that is being handled, nor what that has placed.
+    """
+    head = claim.job
+    spec, placement = book.specs.get(head.request.queue), victim.placement
+    if spec is None or placement is None or victim.state not in LIVE:
+        return False
+    if not victim.request.preemptible or placement.token > book.token_before:
+        return False
+    if head.key in book.evicted:
+        return False
+    lower = placement.rank < book.rank(head)
+    if victim.request.queue == head.request.queue:
+        if spec.within_queue == "lower" and lower:
+            return True
+        same = victim.request.priority == head.request.priority
+        if spec.order != "attained" or not same:
+            return False
+        return levels.may_rotate(head.standing(book.now), victim.standing(book.now))
+    if spec.reclaim == "never" or (spec.reclaim == "lower" and not lower):
+        return False
+    other = book.specs.get(victim.request.queue)
+    if other is None or not spec.cohort or other.cohort != spec.cohort:
+        return False
+    owns = book.quota.owns(head.request.queue, claim.amounts)
+    waited = book.now - head.waiting_since
+    return owns and waited >= spec.grace_s and book.quota.borrows(other.queue, claim.amounts)
+
+
+def can_evict(book: Book, queue: str) -> bool:
+    """Whether jobs of the queue may ever."""
+    spec = book.specs.get(queue)
+    if spec is None:
+        return False
+    reclaims = bool(spec.cohort) and spec.reclaim != "never"
+    return reclaims or spec.within_queue != "never" or spec.order == "attained"
+
+
+def evictable(book: Book, claim: Claim) -> list[Job]:
+    """In the order in which they give way; of another queue only as many as it has borrowed."""
+    found: list[Job] = []
+    given: dict[str, dict[str, int]] = {}
+    for job in in_order(book, claim):
+        if len(found) == VICTIMS_MAX:
+            break
+        if not may_evict(book, claim, job):
+            continue
+        queue = job.request.queue
+        if queue != claim.job.request.queue:
+            gives = given.setdefault(queue, {})
+            spec = book.specs[queue]
+            limits = {name: spec.nominal[name] for name in claim.amounts if name in spec.nominal}
+            if all(book.quota.has(queue, n) - gives.get(n, 0) <= limits[n] for n in limits):
+                continue
+            for name, amount in amounts_placed(job.ask, job.live).items():
+                gives[name] = gives.get(name, 0) + amount
+        found.append(job)
+    return found
+
+
+def in_order(book: Book, claim: Claim) -> Iterator[Job]:
+    """Borrowers first, those with the largest share; in a queue the lowest, then the newest."""
+    mine = claim.job.request.queue
+    spec = book.specs[mine]
+    others = [one.queue for one in book.quota.cohorts.get(spec.cohort, ()) if one.queue != mine]
+    if spec.reclaim == "never":
+        others = []
+    for queue in sorted(others, key=lambda name: (-book.quota.share(name, {}), name)):
+        yield from book.running_of(queue)
+    yield from book.running_of(mine)
+
+
+def victims_of(book: Book, claim: Claim) -> tuple[list[Job], list[Spot]] | None:
+    """Who goes, so that the claim is placed, and where; None if that does not help."""
+    order = evictable(book, claim)
+    if not order or spots_without(book, claim, order) is None:
+        return None
+    victims = on_one_node(book, claim, order) or anywhere(book, claim, order)
+    spots = spots_without(book, claim, victims)
+    assert spots is not None
+    return victims, spots
+
+
+def on_one_node(book: Book, claim: Claim, order: list[Job]) -> list[Job]:
+    """The cheapest set of those that make room on a node; [] where it takes more than that."""
+    ask = claim.ask
+    if not book.quota.allows(claim.job.request.queue, claim.amounts):
+        return []
+    on_node: dict[str, list[Job]] = {}
+    for job in order:
+        for part in job.live.parts:
+            on_node.setdefault(part.node, []).append(job)
+    sets = [
+        victims
+        for name, jobs in on_node.items()
+        if book.is_open(name) and admits(book.nodes[name].machine, ask.shape)
+        if (victims := enough_of(book, ask, name, jobs))
+    ]
+    return min(sets, key=lambda victims: cost(book, victims), default=[])
+
+
+def enough_of(book: Book, ask: Ask, node: str, jobs: list[Job]) -> list[Job]:
+    """Of those on a node as few as make room for the gang, the lowest and largest first."""
+    free, chosen = book.pool.free(node), list[Job]()
+    for job in sorted(jobs, key=lambda one: (one.live.rank, -one.gpu_milli, -one.number)):
+        chosen.append(job)
+        if room(free_without(free, node, chosen), ask.shape) >= ask.workers:
+            break
+    else:
+        return []
+    for job in list(chosen[:-1]):
+        rest = [one for one in chosen if one is not job]
+        if room(free_without(free, node, rest), ask.shape) >= ask.workers:
+            chosen = rest
+    return chosen
+
+
+def free_without(free: Free, node: str, jobs: list[Job]) -> Free:
+    """What would be free on a node without these."""
+    cpu_milli, memory_mib, gpus = free.cpu_milli, free.memory_mib, list(free.gpus)
+    for job in jobs:
+        shape, part = job.ask.shape, job.live.part_on(node)
+        assert part is not None
+        cpu_milli += len(part.gpus) * shape.cpu_milli
+        memory_mib += len(part.gpus) * shape.memory_mib
+        for worker in part.gpus:
+            for i in worker:
+                gpus[i] += shape.gpu_milli
+    return Free(cpu_milli, memory_mib, tuple(gpus))
+
+
+def cost(book: Book, victims: list[Job]) -> tuple[int, tuple[int, int, int]]:
+    """Nobody of a higher priority than must be; then what those who go lose."""
+    highest = max(job.live.rank for job in victims)
+    return highest, levels.loss(job.standing(book.now) for job in victims)
+
+
+def anywhere(book: Book, claim: Claim, order: list[Job]) -> list[Job]:
+    """The shortest beginning of the order in which they give way that is enough, without those it
+    does not need: the last to give way gives way as easily as can be.
+    """
+    low, high = 1, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if spots_without(book, claim, order[:middle]) is None:
+            low = middle + 1
+        else:
+            high = middle
+    return fewest(book, claim, order[:low])
+
+
+def fewest(book: Book, claim: Claim, victims: list[Job]) -> list[Job]:
+    """None of them could stay. First those who are not where it goes, then one by one."""
+    spots = spots_without(book, claim, victims)
+    assert spots is not None
+    nodes = {spot.node for spot in spots}
+    near = [job for job in victims if nodes & job.live.nodes]
+    if spots_without(book, claim, near) is not None:
+        victims = near
+    for job in reversed(list(victims)):
+        rest = [one for one in victims if one is not job]
+        if spots_without(book, claim, rest) is not None:
+            victims = rest
+    return victims
+
+
+def spots_without(book: Book, claim: Claim, victims: Sequence[Job]) -> list[Spot] | None:
+    """Where the claim would go if these were gone, by quota and by room."""
+    queue = claim.job.request.queue
+    back = [(job.request.queue, amounts_placed(job.ask, job.live)) for job in victims]
+    for name, amounts in back:
+        book.quota.take(name, amounts, -1)
+    allowed = book.quota.allows(queue, claim.amounts)
+    for name, amounts in back:
+        book.quota.take(name, amounts)
+    if not allowed:
+        return None
+    releases = [one for job in victims for one in job.releases()]
+    ask = claim.ask
+    return book.pool.try_without(releases, ask.shape, ask.workers, ask.one_node)
