@@ -132,8 +132,10 @@ class Pulse:
             await self.bus.broadcast(EAR, b"")
             await asyncio.sleep(TICK_S)
             silent = self.liveness.silent(time.monotonic())
-            if silent:
-                await self.take(Tick(silent))
+            scheduler = self.writer.committed
+            look = scheduler is not None and scheduler.due_at <= time.time()
+            if silent or look:
+                await self.take(Tick(silent, look))
 
     async def take(self, *stimuli: Heartbeat | Tick) -> None:
         try:
