@@ -11,6 +11,7 @@ constexpr uint64_t kFirst = uint64_t(1) << 63, kGap = uint64_t(1) << 32;
 constexpr size_t kCellsMax = 1 << 16;
 // Scores kept: 256 MB, which is 128 shapes for 131,072 nodes.
 constexpr size_t kScoresMax = size_t(1) << 24, kRowsMax = 4096;
+constexpr size_t kAhead = 8;  // lines of the log whose nodes are on their way
 
 void require(bool holds, const std::string& what) {
   if (!holds) throw Broken(what);
@@ -149,6 +150,10 @@ void Pool::settle(uint32_t number) {
   }
   Node& node = nodes_[number];
   node.cell = cells_.intern(node.kind, node.gpus);
+  const Cell& cell = cells_[node.cell];
+  node.whole = static_cast<int16_t>(cell.whole);
+  node.most = cell.levels.empty() ? int16_t(0) : cell.levels.back();
+  if (policy_ == Policy::kFgd) node.fragment = cells_.fragment(node.cell, node.cpu_milli);
   note(number);
 }
 
@@ -199,6 +204,8 @@ void Pool::learn(const std::vector<std::pair<uint32_t, int64_t>>& typical, std::
   std::vector<Typical> known;
   for (auto& [shape, weight] : typical) known.push_back({shapes_.at(shape), weight});
   cells_.learn(std::move(known), std::move(steps));
+  for (Node& node : nodes_)
+    if (node.is_there) node.fragment = cells_.fragment(node.cell, node.cpu_milli);
   for (auto& [_, row] : rows_) row->read = SIZE_MAX;
 }
 
@@ -231,7 +238,7 @@ void Pool::drop_oldest_row() {
 
 bool Pool::is_better(const Row& row, uint32_t left, uint32_t right) const {
   if (row.score[left] != row.score[right]) return row.score[left] > row.score[right];
-  return nodes_[left].order < nodes_[right].order;
+  return row.score[left] == kNone || nodes_[left].order < nodes_[right].order;
 }
 
 void Pool::make(Row& row) {
@@ -250,6 +257,7 @@ void Pool::make(Row& row) {
 void Pool::catch_up(Row& row) {
   for (size_t i = row.read; i < log_.size(); ++i) {
     uint32_t node = log_[i];
+    __builtin_prefetch(&nodes_[log_[std::min(i + kAhead, log_.size() - 1)]]);
     if (nodes_[node].changed != i) continue;
     int64_t score = evaluate(row, node);
     if (score == kNone && row.score[node] == kNone) continue;
@@ -277,10 +285,7 @@ bool Pool::fits(const Row& row, const Node& node) const {
   const Shape& shape = shapes_[row.shape];
   if (!node.is_open || node.cpu_milli < shape.cpu_milli || node.memory_mib < shape.memory_mib) return false;
   if (!admitted_[row.shape][node.kind]) return false;
-  if (!shape.gpus) return true;
-  const Cell& cell = cells_[node.cell];
-  if (shape.gpu_milli == kGpuMilli) return cell.whole >= shape.gpus;
-  return cell.fitting(shape.gpu_milli) >= shape.gpus;
+  return shape.is_part() ? node.most >= shape.gpu_milli : node.whole >= shape.gpus;
 }
 
 int64_t Pool::evaluate(const Row& row, uint32_t number) {
@@ -293,7 +298,7 @@ int64_t Pool::evaluate(const Row& row, uint32_t number) {
     case Policy::kClustering: return clustering(node, cells_[node.cell], shape);
     case Policy::kPacking: return packing(cells_[node.cell], shape);
     case Policy::kBestFit: return best_fit(node, cells_[node.cell], shape);
-    case Policy::kFgd: return cells_.fgd(node.cell, shape, row.need, node.cpu_milli);
+    case Policy::kFgd: return cells_.fgd(node, shape, row.need);
   }
   throw Broken("no such policy");
 }
@@ -308,7 +313,7 @@ std::vector<int> Pool::choose(const Node& node, const Shape& shape) {
 
 // The first GPU of those with the best score; of those with as much free, the first.
 std::vector<int> Pool::choose_fgd(const Node& node, const Shape& shape) {
-  uint32_t before = cells_.intern(node.kind, node.gpus);
+  int64_t before = cells_.fragment(cells_.intern(node.kind, node.gpus), node.cpu_milli);
   int64_t best = kNone;
   int chosen = -1;
   for (size_t i = 0; i < node.gpus.size(); ++i) {
@@ -317,7 +322,7 @@ std::vector<int> Pool::choose_fgd(const Node& node, const Shape& shape) {
     Levels left = node.gpus;
     left[i] = static_cast<int16_t>(left[i] - shape.gpu_milli);
     uint32_t after = cells_.intern(node.kind, left);
-    int64_t score = cells_.fgd(before, after, node.cpu_milli, node.cpu_milli - shape.cpu_milli);
+    int64_t score = cells_.score(before - cells_.fragment(after, node.cpu_milli - shape.cpu_milli));
     if (score > best) {
       best = score;
       chosen = static_cast<int>(i);

@@ -59,6 +59,7 @@ uint32_t Cells::intern(uint32_t kind, const Levels& gpus) {
     for (int16_t left : cell.levels) cell.total += left;
     cell.whole = cell.fitting(kGpuMilli);
     cells_.push_back(std::move(cell));
+    fragments_.resize(cells_.size() * (cpus_.size() + 1));
   }
   return at->second;
 }
@@ -70,6 +71,7 @@ uint32_t Cells::need(const Shape& shape) {
 void Cells::forget() {
   cells_.clear();
   ids_.clear();
+  fragments_.clear();
 }
 
 void Cells::learn(std::vector<Typical> typical, std::vector<int64_t> steps) {
@@ -83,32 +85,34 @@ void Cells::learn(std::vector<Typical> typical, std::vector<int64_t> steps) {
   }
   std::sort(cpus_.begin(), cpus_.end());
   cpus_.erase(std::unique(cpus_.begin(), cpus_.end()), cpus_.end());
-  for (Cell& cell : cells_) cell.fragments.clear();
+  for (Cell& cell : cells_) cell.is_learned = false;
+  fragments_.assign(cells_.size() * (cpus_.size() + 1), 0);
 }
 
 size_t Cells::bucket(int64_t cpu_milli) const {
   return static_cast<size_t>(std::upper_bound(cpus_.begin(), cpus_.end(), cpu_milli) - cpus_.begin());
 }
 
-// All of them at once: a shape that runs with some CPU runs with more.
-std::vector<int64_t> Cells::fragments(const Cell& cell) const {
-  std::vector<int64_t> usable(cpus_.size() + 1);
+// For all amounts of CPU at once: a shape that runs with some runs with more.
+void Cells::learn(uint32_t number) {
+  Cell& cell = cells_[number];
+  int64_t* fragments = &fragments_[number * (cpus_.size() + 1)];
+  std::fill_n(fragments, cpus_.size() + 1, 0);
   for (auto& [shape, weight] : typical_) {
     int fitting = shape.gpus ? cell.fitting(shape.gpu_milli) : 0;
     if (!shape.gpus || fitting < shape.gpus || !kinds_[cell.kind].admits(shape)) continue;
     int64_t left = 0;
     for (size_t i = cell.levels.size() - static_cast<size_t>(fitting); i < cell.levels.size(); ++i) left += cell.levels[i];
-    usable[bucket(shape.cpu_milli)] += weight * left;
+    fragments[bucket(shape.cpu_milli)] += weight * left;
   }
   int64_t amount = weights_ * cell.total;
-  for (int64_t& one : usable) amount = one = amount - one;
-  return usable;
+  for (size_t i = 0; i <= cpus_.size(); ++i) amount = fragments[i] = amount - fragments[i];
+  cell.is_learned = true;
 }
 
-int64_t Cells::fragment(uint32_t cell, size_t bucket) {
-  Cell& one = cells_[cell];
-  if (one.fragments.empty()) one.fragments = fragments(one);
-  return one.fragments[bucket];
+int64_t Cells::fragment_at(uint32_t cell, size_t bucket) {
+  if (!cells_[cell].is_learned) learn(cell);
+  return fragments_[cell * (cpus_.size() + 1) + bucket];
 }
 
 const std::vector<uint32_t>& Cells::after(uint32_t cell, const Shape& shape, uint32_t need) {
@@ -133,19 +137,12 @@ int64_t Cells::score(int64_t gradient) const {
   return std::upper_bound(steps_.begin(), steps_.end(), gradient) - steps_.begin();
 }
 
-int64_t Cells::fgd(uint32_t cell, const Shape& shape, uint32_t need, int64_t cpu_milli) {
-  int64_t before = fragment(cell, bucket(cpu_milli));
-  size_t left = bucket(cpu_milli - shape.cpu_milli);
-  if (!shape.gpus) return score(before - fragment(cell, left));
+int64_t Cells::fgd(const Node& node, const Shape& shape, uint32_t need) {
+  size_t left = bucket(node.cpu_milli - shape.cpu_milli);
+  if (!shape.gpus) return score(node.fragment - fragment_at(node.cell, left));
   int64_t least = INT64_MAX;
-  // By number: `intern` may move the cells.
-  size_t choices = after(cell, shape, need).size();
-  for (size_t i = 0; i < choices; ++i) least = std::min(least, fragment(cells_[cell].after[need][i], left));
-  return score(before - least);
-}
-
-int64_t Cells::fgd(uint32_t before, uint32_t after, int64_t cpu_before, int64_t cpu_after) {
-  return score(fragment(before, bucket(cpu_before)) - fragment(after, bucket(cpu_after)));
+  for (uint32_t cell : after(node.cell, shape, need)) least = std::min(least, fragment_at(cell, left));
+  return score(node.fragment - least);
 }
 
 uint64_t mixed(uint64_t word) {

@@ -52,19 +52,23 @@ struct Cell {
   Levels levels;  // ascending
   int64_t total = 0;
   int whole = 0;
-  std::vector<int64_t> fragments;               // by how many typical amounts of CPU are free
-  std::vector<std::vector<uint32_t>> after;     // by need: the cell after each choice that differs
+  bool is_learned = false;                   // its fragments are known
+  std::vector<std::vector<uint32_t>> after;  // by need: the cell after each choice that differs
 
   int fitting(int64_t milli) const;
   int64_t room(const Shape& shape, int64_t cpu_milli, int64_t memory_mib) const;
 };
 
-struct Node {
+// What deciding reads of a node is one line of the processor's cache.
+struct alignas(64) Node {
   uint64_t order = 0;  // as the names
   size_t changed = 0;  // its last place in the log
   int64_t cpu_milli = 0, memory_mib = 0;
+  int64_t fragment = 0;
   uint32_t kind = 0, cell = 0;
+  int16_t most = 0, whole = 0;  // free on one GPU; of GPUs
   bool is_there = false, is_open = false;
+
   uint64_t lot = 0;
   Levels gpus;
   std::vector<std::pair<int, int>> held;  // sorts of its GPU workers, and how many
@@ -87,22 +91,18 @@ class Cells {
   // For `after`; a shape's (GPUs, milli) is a need.
   uint32_t need(const Shape& shape);
   void learn(std::vector<Typical> typical, std::vector<int64_t> steps);
-  // The best score of a choice of GPUs.
-  int64_t fgd(uint32_t cell, const Shape& shape, uint32_t need, int64_t cpu_milli);
-  // Of that very choice.
-  int64_t fgd(uint32_t before, uint32_t after, int64_t cpu_before, int64_t cpu_after);
+  int64_t fragment(uint32_t cell, int64_t cpu_milli) { return fragment_at(cell, bucket(cpu_milli)); }
+  // The score of the best choice of GPUs.
+  int64_t fgd(const Node& node, const Shape& shape, uint32_t need);
+  // 100 x the sigmoid of the fragments that go away.
+  int64_t score(int64_t gradient) const;
   void forget();
 
  private:
-  struct Hash {
-    size_t operator()(const std::string& key) const { return std::hash<std::string>()(key); }
-  };
-
   size_t bucket(int64_t cpu_milli) const;
-  int64_t fragment(uint32_t cell, size_t bucket);
-  std::vector<int64_t> fragments(const Cell& cell) const;
+  int64_t fragment_at(uint32_t cell, size_t bucket);
+  void learn(uint32_t cell);
   const std::vector<uint32_t>& after(uint32_t cell, const Shape& shape, uint32_t need);
-  int64_t score(int64_t gradient) const;
 
   std::vector<Kind> kinds_;
   std::map<Kind, uint32_t> kind_ids_;
@@ -110,7 +110,8 @@ class Cells {
   std::unordered_map<std::string, uint32_t> ids_;
   std::map<std::pair<int, int>, uint32_t> needs_;
   std::vector<Typical> typical_;
-  std::vector<int64_t> cpus_;   // of typical shapes with GPUs, each once, ascending
+  std::vector<int64_t> fragments_;  // by cell and by how many typical amounts of CPU are free
+  std::vector<int64_t> cpus_;       // of typical shapes with GPUs, each once, ascending
   std::vector<int64_t> steps_;
   int64_t weights_ = 0;
 };
