@@ -26,11 +26,13 @@ def check(scheduler: "Scheduler") -> None:
 
 
 def check_jobs(scheduler: "Scheduler") -> None:
+    ended = set(scheduler.finished)
+    assert len(ended) == len(scheduler.finished)
     for key, job in scheduler.jobs.items():
         assert job.key == key
         assert job.state in STATES, (key, job.state)
         assert (job.placement is not None) == (job.state in LIVE), (key, job.state)
-        assert (key in scheduler.finished) == (job.state in TERMINAL), (key, job.state)
+        assert (key in ended) == (job.state in TERMINAL), (key, job.state)
         assert job.attempt - job.preempted <= job.request.attempts_max, (key, job.attempt)
 
 
@@ -66,6 +68,7 @@ def check_nodes(scheduler: "Scheduler", placed: list[Job]) -> None:
         here = [(job, part) for job in mine if (part := job.live.part_on(name))]
         assert list(scheduler.on_node.get(name, ())) == [job.key for job in mine], name
         assert node.allocated == total(job.need_of(len(part.gpus)) for job, part in here), name
+        assert scheduler.machines[name] == node.machine, name
         whole = capacity(node.machine)
         gpus = list(whole.gpus)
         for shape, spot in held.get(name, ()):

@@ -6,7 +6,7 @@ A move along `JOB_MOVES` keeps all of them in step and notes what is to be said 
 import bisect
 import heapq
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -21,6 +21,7 @@ from libs.contracts.events import (
     Share,
 )
 from services.scheduler import levels, pool
+from services.scheduler.deployments import Deployment
 from services.scheduler.jobs import (
     CANCELLED,
     FAILED,
@@ -37,7 +38,7 @@ from services.scheduler.jobs import (
 from services.scheduler.lines import Lines
 from services.scheduler.nodes import HEALTHY, Node, minus, plus
 from services.scheduler.quota import Amounts, Quota, amounts_of, amounts_placed
-from services.scheduler.shapes import Spot
+from services.scheduler.shapes import Machine, Spot
 from services.scheduler.stimuli import QueueSpec, Running
 
 
@@ -80,7 +81,11 @@ class Book:
         self.pool = pool.make()
         self.lines = Lines()
         self.quota = Quota()
-        self.finished: dict[Key, None] = {}
+        self.finished: deque[Key] = deque()
+        """Jobs that have ended, the first first."""
+        self.machines: dict[str, Machine] = {}
+        self.deployments: dict[tuple[str, str], Deployment] = {}
+        """By (project, model)."""
         self.decided: list[Event] = []
         self.on_node: dict[str, dict[Key, None]] = {}
         """In the order of their tokens."""
@@ -251,7 +256,7 @@ class Book:
 
     def end(self, job: Job) -> None:
         job.request = msgspec.structs.replace(job.request, spec={})
-        self.finished[job.key] = None
+        self.finished.append(job.key)
 
     def enqueue(self, job: Job) -> None:
         spec = self.specs.get(job.request.queue)

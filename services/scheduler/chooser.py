@@ -7,12 +7,12 @@ freed that could change that; later ones pass, as far as the first one's reserva
 
 import heapq
 
-from services.scheduler import backfill, levels, preempt
+from services.scheduler import backfill, elastic, levels, preempt
 from services.scheduler.backfill import Reservation
 from services.scheduler.book import Book, Cause, Claim
 from services.scheduler.jobs import PLACED, WAITING, Job, Key
 from services.scheduler.lines import Line, place_of
-from services.scheduler.shapes import Spot, admits, room
+from services.scheduler.shapes import Free, Machine, Spot, admits, room
 
 NEVER = float("inf")
 LOOK_S = 10.0
@@ -63,7 +63,19 @@ class Chooser(Book):
             return True
         if self.gives_way(job) and (short := line.shortest) is not None and short is not job:
             return self.try_to_place(short)
+        if self.place_on_lent_room(job):
+            return True
         return line.name in self.lines.may_evict and self.evict_for(job)
+
+    def place_on_lent_room(self, job: Job) -> bool:
+        if not self.deployments or self.gives_way(job):
+            return False
+        for claim in self.claims(job):
+            spots = elastic.make_room(self, claim)
+            if spots is not None:
+                self.place(job, spots)
+                return True
+        return False
 
     def try_to_place(self, job: Job) -> bool:
         has_quota = False
@@ -187,11 +199,12 @@ class Chooser(Book):
             return
         self.freed, self.loosened = set(), set()
         nodes = [name for name in sorted(freed) if self.is_open(name)]
+        frees = [(self.machines[name], self.pool.free(name)) for name in nodes]
         queues = {one for queue in loosened for one in self.together(queue)}
         for name, line in self.lines.of.items():
             if name in self.lines.open:
                 continue
-            if line.queue in queues or any(self.may_fit(line, node) for node in nodes):
+            if line.queue in queues or any(may_fit(line, *node) for node in frees):
                 self.lines.open[name] = line
 
     def together(self, queue: str) -> list[str]:
@@ -201,9 +214,10 @@ class Chooser(Book):
             return []
         return [one.queue for one in self.quota.cohorts.get(spec.cohort, (spec,))]
 
-    def may_fit(self, line: Line, node: str) -> bool:
-        """Whether the node has room for the gang, or for a part of one that may be spread."""
-        ask = line.ask
-        if not admits(self.nodes[node].machine, ask.shape):
-            return False
-        return room(self.pool.free(node), ask.shape) >= (ask.workers if ask.one_node else 1)
+
+def may_fit(line: Line, machine: Machine, free: Free) -> bool:
+    """Whether a node has room for the gang, or for a part of one that may be spread."""
+    shape, workers = line.ask.shape, line.ask.workers if line.ask.one_node else 1
+    if shape.cpu_milli * workers > free.cpu_milli or shape.memory_mib * workers > free.memory_mib:
+        return False
+    return admits(machine, shape) and room(free, shape) >= workers

@@ -21,9 +21,10 @@ from libs.contracts.events import (
     JobCancelled,
     JobRequested,
 )
-from services.scheduler import audit, quota
+from services.scheduler import audit, elastic, quota
 from services.scheduler.backfill import Reservation
 from services.scheduler.book import Cause
+from services.scheduler.deployments import Deployment
 from services.scheduler.fleet import Fleet
 from services.scheduler.jobs import (
     CANCELLED,
@@ -42,12 +43,14 @@ from services.scheduler.lines import Lines
 from services.scheduler.nodes import HEALTHY, NOTHING, SILENT_S, UNHEALTHY, Node
 from services.scheduler.placement import adopt, explain
 from services.scheduler.stimuli import (
+    Deployed,
     Heartbeat,
     JobSubmitted,
     QueueApplied,
     QueueDeleted,
     QueueSpec,
     Running,
+    Scaled,
     Stimulus,
     Tick,
 )
@@ -68,6 +71,7 @@ class State(msgspec.Struct, kw_only=True):
     specs: list[QueueSpec] = []
     reservation: Reservation | None = None
     looked_at: float = 0.0
+    deployments: list[Deployment] = []
 
 
 class Scheduler(Fleet):
@@ -84,6 +88,8 @@ class Scheduler(Fleet):
         self.sequence += 1
         self.token_before = self.token
         STIMULI[type(stimulus)](self, stimulus)
+        if elastic.concerns(self, stimulus):
+            elastic.settle(self)
         self.place_what_fits()
         self.evicted.clear()
         self.forget()
@@ -97,6 +103,12 @@ class Scheduler(Fleet):
                 return stimulus.look or any(self.is_alive(name) for name in stimulus.silent)
             case Heartbeat():
                 return self.tells_something(stimulus)
+            case Deployed():
+                known = self.deployments.get((stimulus.project, stimulus.model))
+                return known is None or known.generation < stimulus.generation
+            case Scaled():
+                known = self.deployments[stimulus.project, stimulus.model]
+                return (known.replicas, known.spare) != (stimulus.replicas, stimulus.spare)
             case QueueApplied():
                 return self.specs.get(stimulus.spec.queue) != stimulus.spec
             case QueueDeleted():
@@ -187,6 +199,12 @@ class Scheduler(Fleet):
         rest = {name: spec for name, spec in self.specs.items() if name != deleted.queue}
         self.set_specs(rest)
 
+    def on_deployed(self, deployed: Deployed) -> None:
+        elastic.deploy(self, deployed)
+
+    def on_scaled(self, scaled: Scaled) -> None:
+        elastic.scale(self, scaled)
+
     def set_specs(self, specs: dict[str, QueueSpec]) -> None:
         """Who stands where in line follows from the queue, so all stand in line again."""
         self.quota.apply(specs.values())
@@ -223,9 +241,7 @@ class Scheduler(Fleet):
 
     def forget(self) -> None:
         while len(self.finished) > FINISHED_MAX:
-            key = next(iter(self.finished))
-            del self.finished[key]
-            del self.jobs[key]
+            del self.jobs[self.finished.popleft()]
 
     def take_up(self, job: Job) -> None:
         """A placement that a snapshot names; one that no node has room for any more is lost."""
@@ -250,6 +266,7 @@ class Scheduler(Fleet):
             specs=list(self.specs.values()),
             reservation=self.reservation,
             looked_at=self.looked_at,
+            deployments=list(self.deployments.values()),
         )
 
     def validate(self) -> None:
@@ -264,12 +281,14 @@ def restore(state: State) -> Scheduler:
     scheduler.number = state.number
     scheduler.reservation, scheduler.looked_at = state.reservation, state.looked_at
     scheduler.jobs = {job.key: job for job in state.jobs}
-    scheduler.finished = dict.fromkeys(state.finished)
+    scheduler.finished.extend(state.finished)
+    scheduler.deployments = {one.key: one for one in state.deployments}
     scheduler.quota.apply(state.specs)
     for node in sorted(state.nodes, key=lambda node: node.node):
         node.allocated = NOTHING
         scheduler.nodes[node.node] = node
         scheduler.models[node.gpu_model] += 1
+        scheduler.machines[node.node] = node.machine
         scheduler.pool.join(node.machine)
     placed = [job for job in state.jobs if job.placement is not None]
     for job in sorted(placed, key=token_of):
@@ -302,6 +321,8 @@ STIMULI: dict[type[Stimulus], Callable[[Scheduler, Any], None]] = {
     AttemptFailed: Scheduler.on_failed,
     Heartbeat: Scheduler.on_heartbeat,
     Tick: Scheduler.on_tick,
+    Deployed: Scheduler.on_deployed,
+    Scaled: Scheduler.on_scaled,
     QueueApplied: Scheduler.on_queue_applied,
     QueueDeleted: Scheduler.on_queue_deleted,
 }

@@ -17,6 +17,7 @@ class Fleet(Chooser):
 
     def changed(self, node: Node) -> None:
         self.changes += 1
+        self.machines[node.node] = node.machine
         self.freed.add(node.node)
 
     def is_alive(self, name: str) -> bool:
@@ -53,7 +54,7 @@ class Fleet(Chooser):
 
     def fit(self, node: Node, heartbeat: Heartbeat) -> None:
         """Becomes what the heartbeat says. What no longer fits there is given up."""
-        before = node.machine
+        before = self.machines[node.node]
         node.kinds = sorted(heartbeat.kinds)
         node.capacity, node.labels = heartbeat.capacity, heartbeat.labels
         self.models[node.gpu_model] -= 1

@@ -112,7 +112,7 @@ def on_one_node(book: Book, claim: Claim, order: list[Job]) -> list[Job]:
     sets = [
         victims
         for name, jobs in on_node.items()
-        if book.is_open(name) and admits(book.nodes[name].machine, ask.shape)
+        if book.is_open(name) and admits(book.machines[name], ask.shape)
         if (victims := enough_of(book, ask, name, jobs))
     ]
     return min(sets, key=lambda victims: cost(book, victims), default=[])
