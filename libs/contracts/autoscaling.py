@@ -5,6 +5,13 @@ The words are KServe's and Knative's. The pipeline file has them under `deployme
 
 import msgspec
 
+REPLICA_KIND = REPLICA_QUEUE = "serve"
+"""A replica is a job of that kind and of one worker, on a node that has no other of its model."""
+REPLICA_PRIORITY = 1000
+"""Somebody waits for an answer."""
+REPLICA_ATTEMPTS_MAX = 1_000_000
+NODE_LABEL = "node"
+"""An agent that serves carries its node's name under it, so that a replica can be sent there."""
 REPLICAS_MAX = 1024
 WINDOW_S_MAX = 3600
 IDLE_S_MAX = 30 * 86400
@@ -23,6 +30,11 @@ class Autoscaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """More are needed for so long before there are more. From zero at once."""
     down_s: int = 60
     """Fewer would do for so long before there are fewer."""
+
+
+def first_replica(model: str) -> str:
+    """Its job: whoever asks for it first, it is the same one."""
+    return f"serve-{model}"
 
 
 def problem_of(wanted: Autoscaling) -> tuple[str, str] | None:

@@ -12,6 +12,13 @@ from typing import Any
 from msgspec import UNSET, structs
 
 from libs.contracts.artifacts import Evaluation
+from libs.contracts.autoscaling import (
+    REPLICA_ATTEMPTS_MAX,
+    REPLICA_KIND,
+    REPLICA_PRIORITY,
+    REPLICA_QUEUE,
+    first_replica,
+)
 from libs.contracts.events import (
     DeploymentUpdated,
     Event,
@@ -31,7 +38,6 @@ LOWER_IS_BETTER = frozenset({"loss", "mae", "mse"})
 REQUESTS_BEFORE_ROLLBACK = 10
 """Errors of a canary count once it answered so many requests, or `min_requests` if fewer."""
 SERVE_RESOURCES = Resources(cpu_milli=200, memory_mib=256)
-SERVE_ATTEMPTS_MAX = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -219,10 +225,12 @@ def deploy_first(before: Deployment, stimulus: Passed) -> Outcome:
     outcome = promote(before, stimulus.version, "the first version that passed its gate")
     request = JobRequested(
         project=before.project,
-        job=f"serve-{before.model}",
-        kind="serve",
+        job=first_replica(before.model),
+        kind=REPLICA_KIND,
+        queue=REPLICA_QUEUE,
+        priority=REPLICA_PRIORITY,
         resources=SERVE_RESOURCES,
-        attempts_max=SERVE_ATTEMPTS_MAX,
+        attempts_max=REPLICA_ATTEMPTS_MAX,
         spec={"model": before.model},
     )
     return replace(outcome, events=(*outcome.events, request))

@@ -95,7 +95,7 @@ def need_of(wanted: Autoscaling, loads: list[Load], now: float) -> Need:
 
 def needed_for_latency(target_ms: int, loads: list[Load]) -> tuple[int, int, int]:
     """In proportion, and at most twice as many: what is still loading has not helped yet."""
-    ready = len(loads)
+    ready = sum(load.ready for load in loads)
     p95_ms = max(load.p95_ms for load in loads)
     if p95_ms * 100 > target_ms * OVER_PERCENT:
         aim = min(ceiling(ready * p95_ms, target_ms), 2 * ready)

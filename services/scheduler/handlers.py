@@ -6,18 +6,24 @@ are its identity. Results under an old token change nothing either. Both are log
 
 from dataclasses import dataclass
 
+import msgspec
+
 from libs.bus.loop import Handlers, Meta
+from libs.contracts.autoscaling import Autoscaling
 from libs.contracts.events import (
     AttemptFailed,
     AttemptStarted,
     AttemptSucceeded,
+    DeploymentUpdated,
     JobCancelled,
     JobRequested,
 )
 from services.scheduler.jobs import PROJECT
 from services.scheduler.nodes import Liveness
-from services.scheduler.stimuli import JobSubmitted
+from services.scheduler.stimuli import Deployed, JobSubmitted
 from services.scheduler.writer import Writer
+
+FIELDS = Autoscaling.__struct_fields__
 
 
 @dataclass
@@ -41,7 +47,24 @@ async def on_told(
     await context.writer.take(event, meta.id)
 
 
+async def on_deployment_updated(event: DeploymentUpdated, meta: Meta, context: Context) -> None:
+    """What a newer registry says beside is passed over."""
+    said = {name: event.autoscaling[name] for name in FIELDS if name in event.autoscaling}
+    fixed = max(1, event.replicas)
+    wanted = msgspec.convert(said, Autoscaling) if said else Autoscaling(fixed, fixed)
+    deployed = Deployed(
+        project=event.project,
+        model=event.model,
+        generation=event.generation,
+        wanted=wanted,
+        resources=event.resources,
+        traceparent=meta.traceparent,
+    )
+    await context.writer.take(deployed, meta.id)
+
+
 HANDLERS: Handlers = {
+    DeploymentUpdated: on_deployment_updated,
     JobRequested: on_requested,
     JobCancelled: on_told,
     AttemptStarted: on_told,

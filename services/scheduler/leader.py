@@ -18,6 +18,7 @@ from libs.database import TRANSIENT
 from services.scheduler import meters
 from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
+from services.scheduler.scaler import Scaler
 from services.scheduler.stimuli import Heartbeat, Tick
 from services.scheduler.store import LEADER
 from services.scheduler.writer import Writer
@@ -64,6 +65,7 @@ async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow
         group.create_task(pulse.hear())
         group.create_task(pulse.attend())
         group.create_task(pulse.tick())
+        group.create_task(pulse.scaler.run())
         group.create_task(tell(context.writer))
 
 
@@ -95,6 +97,7 @@ class Pulse:
         self.writer = context.writer
         self.bus = bus
         self.liveness = context.liveness = liveness
+        self.scaler = Scaler(context.writer)
         self.last: dict[str, Heartbeat] = {}
         self.known: dict[str, tuple[bytes, Heartbeat]] = {}
         """By subject: most say again what they said, and reading it costs more than all else."""
@@ -115,7 +118,8 @@ class Pulse:
                 return
             self.known[subject] = (payload, heartbeat)
         self.liveness.heard(heartbeat.node, time.monotonic())
-        self.last[heartbeat.node] = heartbeat
+        self.scaler.heard(heartbeat)
+        self.last[heartbeat.node] = msgspec.structs.replace(heartbeat, loads=[])
         self.arrived.set()
 
     async def attend(self) -> None:

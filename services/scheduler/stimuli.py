@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from libs.contracts.autoscaling import Autoscaling
 from libs.contracts.events import (
     AttemptFailed,
     AttemptStarted,
@@ -47,6 +48,8 @@ class Load(msgspec.Struct, frozen=True):
     p95_ms: int = 0
     """From arrival to answer; 0 where nothing was answered."""
     requests: int = 0
+    ready: bool = True
+    """It is served there; else somebody waits for it there."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -72,6 +75,26 @@ class Tick(msgspec.Struct, frozen=True):
     silent: list[str] = []
     look: bool = False
     """What the scheduler wanted to look at again by now (`Scheduler.due_at`) is due."""
+
+
+class Deployed(msgspec.Struct, frozen=True, kw_only=True):
+    """The registry wants it served, in this generation and by so many replicas."""
+
+    project: str
+    model: str
+    generation: int
+    wanted: Autoscaling
+    resources: Resources
+    traceparent: str = ""
+
+
+class Scaled(msgspec.Struct, frozen=True):
+    """A deployment's traffic asks for so many replicas; `spare` of them have nothing to do."""
+
+    project: str
+    model: str
+    replicas: int
+    spare: int = 0
 
 
 class QueueSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,6 +145,8 @@ Stimulus = (
     | AttemptFailed
     | Heartbeat
     | Tick
+    | Deployed
+    | Scaled
     | QueueApplied
     | QueueDeleted
 )
