@@ -37,6 +37,7 @@ from libs.bus import (
     Request,
     Stream,
     Subscription,
+    wire,
 )
 from libs.bus.responder import Responder
 
@@ -47,9 +48,9 @@ API_TIMEOUT_S = 5.0
 """To create or look up a stream or a consumer: on a busy disk that takes longer than a publish."""
 ACK_PENDING_MAX = 4096
 RECONNECT_WAIT_S = 0.2
+NATS_PORT = 4222
 STREAM_DIFFERS = 10058
 """The server's code: a stream of that name has another configuration."""
-LISTEN_QUEUE_MAX = 4096
 CLOSE_S = 2
 READ_TIMEOUT_S = 5.0
 
@@ -210,13 +211,18 @@ class JetStreamBus:
         await self.client.publish(subject, payload)
 
     async def listen(self, subject: str) -> AsyncIterator[tuple[str, bytes]]:
-        subscription = await self.client.subscribe(subject, pending_msgs_limit=LISTEN_QUEUE_MAX)
-        try:
-            async for message in subscription.messages:
-                yield message.subject, message.data
-        finally:
-            with contextlib.suppress(nats.errors.Error):
-                await subscription.unsubscribe()
+        token = self.client.options["token"] or ""
+        while True:
+            server = self.client.connected_url
+            try:
+                if server is not None:
+                    assert server.hostname is not None
+                    address = server.hostname, server.port or NATS_PORT
+                    async for message in wire.listen(address, token, subject):
+                        yield message
+            except OSError as error:
+                log.warning("%s: %s", subject, error)
+            await asyncio.sleep(RECONNECT_WAIT_S)
 
     async def request(
         self, subject: str, payload: bytes, headers: Mapping[str, str], timeout_s: float

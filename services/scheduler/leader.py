@@ -8,6 +8,7 @@ moment between.
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 
 import msgspec
 import psycopg
@@ -31,6 +32,9 @@ TICK_S = 0.25
 TELL_S = 2.0
 HEARD_MAX = 250
 """Heartbeats looked at without anything else between them: some 2 ms."""
+AGAIN_S = 2.0
+"""A heartbeat that says again what was said is looked at this often: what it tells can have become
+news by what the scheduler did meanwhile. One of a node that was lost is looked at at once."""
 HOLD_S = 1.0
 """Between two looks at whether the lock is still ours."""
 
@@ -86,6 +90,16 @@ async def hold(lock: psycopg.AsyncConnection[DictRow]) -> None:
         await asyncio.sleep(HOLD_S)
 
 
+@dataclass
+class Known:
+    """What a node said last."""
+
+    payload: bytes
+    heartbeat: Heartbeat
+    again: float = 0.0
+    """When the same is worth a look again."""
+
+
 class Pulse:
     """Heartbeats and ticks on their way to the writer.
 
@@ -99,8 +113,8 @@ class Pulse:
         self.liveness = context.liveness = liveness
         self.scaler = Scaler(context.writer)
         self.last: dict[str, Heartbeat] = {}
-        self.known: dict[str, tuple[bytes, Heartbeat]] = {}
-        """By subject: most say again what they said, and reading it costs more than all else."""
+        self.known: dict[str, Known] = {}
+        """By subject: most say again what they said."""
         self.arrived = asyncio.Event()
 
     async def hear(self) -> None:
@@ -111,19 +125,22 @@ class Pulse:
                 self.note(subject, payload)
 
     def note(self, subject: str, payload: bytes) -> None:
-        before, heartbeat = self.known.get(subject, (b"", None))
-        if heartbeat is None or before != payload:
+        now, known = time.monotonic(), self.known.get(subject)
+        if known is None or known.payload != payload:
             heartbeat = read(subject, payload)
             if heartbeat is None:
                 return
-            self.known[subject] = (payload, heartbeat)
-        self.liveness.heard(heartbeat.node, time.monotonic())
-        self.scaler.heard(heartbeat)
-        self.last[heartbeat.node] = msgspec.structs.replace(heartbeat, loads=[])
-        self.arrived.set()
+            known = self.known[subject] = Known(payload, heartbeat)
+        self.liveness.heard(known.heartbeat.node, now)
+        if known.heartbeat.loads:
+            self.scaler.heard(known.heartbeat)
+        if now >= known.again:
+            known.again = now + AGAIN_S
+            self.last[subject] = msgspec.structs.replace(known.heartbeat, loads=[])
+            self.arrived.set()
 
     async def attend(self) -> None:
-        """A heartbeat that could not be taken comes again within a second."""
+        """A heartbeat that could not be taken comes again."""
         while True:
             await self.arrived.wait()
             self.arrived.clear()
@@ -138,6 +155,9 @@ class Pulse:
             silent = self.liveness.silent(time.monotonic())
             scheduler = self.writer.committed
             look = scheduler is not None and scheduler.due_at <= time.time()
+            if silent:
+                lost = set(silent)
+                self.known = {s: k for s, k in self.known.items() if k.heartbeat.node not in lost}
             if silent or look:
                 await self.take(Tick(silent, look))
 
