@@ -13,6 +13,8 @@ namespace leptonic {
 namespace {
 
 constexpr int64_t kNsInMs = 1'000'000;
+constexpr int64_t kQuickNs = 300'000;  // a batch: so long the sockets may wait for its runner
+constexpr int64_t kPaceShare = 8;      // of the latest batch: an eighth
 
 Limits within(Limits limits, const Lane& lane) {
   if (lane.batched) return limits;
@@ -58,11 +60,12 @@ uint64_t kind_of(const Lane& lane, const Shape* shapes) {
   return kind;
 }
 
-Batcher::Batcher(Lane given, std::shared_ptr<Mailbox> mailbox)
+Batcher::Batcher(Lane given, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Helm> helm)
     : lane(std::move(given)),
       is_alike(lane.is_alike()),
       is_fixed(lane.is_fixed()),
       mailbox_(std::move(mailbox)),
+      helm_(std::move(helm)),
       line_(within(Limits{}, lane)) {}
 
 Batcher::~Batcher() {
@@ -104,9 +107,12 @@ std::pair<int, std::string> Batcher::refusal(int64_t ticket) {
                                   std::to_string(line_.waiting()) + " requests wait already"};
 }
 
-void Batcher::wake() {
+bool Batcher::wake() {
   std::lock_guard held(lock_);
-  if (idle_ > 0 && line_.waiting() > 0) changed_.notify_one();
+  if (line_.waiting() == 0) return false;
+  if (idle_ > 0) changed_.notify_one();
+  else if (steers_) mailbox_->post(Mail{Mail::kWake, {}, 0, {}, {}});
+  return idle_ > 0 && is_quick();
 }
 
 std::unique_ptr<Request> Batcher::leave(int64_t ticket) {
@@ -121,13 +127,22 @@ bool Batcher::take(std::unique_ptr<Batch>& batch, std::vector<Refused>& late) {
   int64_t now = 0;
   {
     std::unique_lock held(lock_);
+    // First what was answered goes out, and who has come meanwhile comes into the line.
+    bool steers = is_quick() && helm_->take() && steer(held);
     for (;;) {
       now = now_ns();
       line_.take(now, turn_, idle_ + 1);
-      if (!turn_.batch.empty() || !turn_.late.empty()) break;
-      if (closed_ && line_.waiting() == 0) return false;
+      bool over = closed_ && line_.waiting() == 0;
+      if (over || !turn_.batch.empty() || !turn_.late.empty()) break;
+      if (steers && turn_.wait_ns == 0) {
+        steers = steer(held);
+        continue;
+      }
+      if (std::exchange(steers, false)) helm_->hand_over();
       rest(held, turn_.wait_ns);
     }
+    if (steers) is_quick() ? helm_->leave() : helm_->hand_over();
+    if (turn_.batch.empty() && turn_.late.empty()) return false;
     taken.reserve(turn_.batch.size());
     for (const Place& place : turn_.batch) taken.push_back(owned(place.request));
     for (const Late& one : turn_.late) late.push_back(refused(one, now));
@@ -151,6 +166,23 @@ Refused Batcher::refused(const Late& late, int64_t now_ns) const {
           lane.name() + ": waited " + std::to_string(waited_ms) + " ms for its turn"};
 }
 
+// As far as it is known: whoever has run the last batches is back so soon.
+bool Batcher::is_quick() const {
+  return pace_ns_ > 0 && pace_ns_ <= kQuickNs && line_.limits().max_queue_delay_ns == 0;
+}
+
+// A turn over the sockets. False: it is not at the helm any more.
+bool Batcher::steer(std::unique_lock<std::mutex>& held) {
+  bool may_sleep = line_.waiting() == 0 && !closed_;
+  steers_ = true;
+  held.unlock();
+  bool goes_on = helm_->round(this, may_sleep);
+  if (!goes_on) helm_->leave();
+  held.lock();
+  steers_ = false;
+  return goes_on;
+}
+
 void Batcher::rest(std::unique_lock<std::mutex>& held, int64_t wait_ns) {
   ++idle_;
   if (wait_ns > 0) changed_.wait_for(held, std::chrono::nanoseconds(wait_ns));
@@ -162,6 +194,7 @@ void Batcher::close() {
   std::lock_guard held(lock_);
   closed_ = true;
   changed_.notify_all();
+  if (steers_) mailbox_->post(Mail{Mail::kWake, {}, 0, {}, {}});
 }
 
 Tally Batcher::tally(int64_t& waiting) {
@@ -175,7 +208,8 @@ void Batcher::count(const Requests& requests, int64_t rows, int64_t taken_ns, co
   arrived.reserve(requests.size());
   for (auto& request : requests) arrived.push_back(request->arrived_ns);
   std::lock_guard held(lock_);
-  tally_.answered(arrived, rows, taken_ns, spent);
+  int64_t ended_ns = tally_.answered(arrived, rows, taken_ns, spent);
+  pace_ns_ += (ended_ns - taken_ns - pace_ns_) / (pace_ns_ > 0 ? kPaceShare : 1);
 }
 
 void Batcher::fail(const Requests& requests, int code, const std::string& text) {

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "helm.h"
 #include "line.h"
 #include "mailbox.h"
 #include "sampling.h"
@@ -133,7 +134,7 @@ class Batch {
 
 class Batcher : public std::enable_shared_from_this<Batcher> {
  public:
-  Batcher(Lane lane, std::shared_ptr<Mailbox> mailbox);
+  Batcher(Lane lane, std::shared_ptr<Mailbox> mailbox, std::shared_ptr<Helm> helm);
   ~Batcher();
 
   const Lane lane;
@@ -145,8 +146,8 @@ class Batcher : public std::enable_shared_from_this<Batcher> {
   int64_t join(std::unique_ptr<Request>& request);
   // Status and text for kFull or kClosed.
   std::pair<int, std::string> refusal(int64_t ticket);
-  // Tells a runner, if one waits, that somebody has joined.
-  void wake();
+  // Tells a runner, if one waits, that somebody has joined. True: it will be back at the helm soon.
+  bool wake();
   // nullptr when it is not in line.
   std::unique_ptr<Request> leave(int64_t ticket);
   // Blocks. False once it is closed and nobody waits; without a batch when only `late` ones came.
@@ -160,10 +161,13 @@ class Batcher : public std::enable_shared_from_this<Batcher> {
   void deliver(std::vector<Mail>& mails) { mailbox_->post(mails); }
 
  private:
+  bool is_quick() const;
+  bool steer(std::unique_lock<std::mutex>& held);
   void rest(std::unique_lock<std::mutex>& held, int64_t wait_ns);
   Refused refused(const Late& late, int64_t now_ns) const;
 
   std::shared_ptr<Mailbox> mailbox_;
+  std::shared_ptr<Helm> helm_;
   std::mutex lock_;  // of everything below
   std::condition_variable changed_;
   Line line_;
@@ -172,6 +176,8 @@ class Batcher : public std::enable_shared_from_this<Batcher> {
   Tally tally_;
   uint64_t tickets_ = 0;
   int idle_ = 0;  // runners that look again when `changed_` says so
+  bool steers_ = false;  // a runner is at the helm
+  int64_t pace_ns_ = 0;  // of a batch, the latest count most; 0: none was answered yet
   bool closed_ = false;
 };
 

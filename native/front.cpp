@@ -52,7 +52,7 @@ std::shared_ptr<Batcher> Route::choose() const {
 }
 
 std::shared_ptr<Batcher> Front::batcher(Lane lane) {
-  auto made = std::make_shared<Batcher>(std::move(lane), mailbox_);
+  auto made = std::make_shared<Batcher>(std::move(lane), mailbox_, helm_);
   std::lock_guard held(lock_);
   std::erase_if(batchers_, [](auto& one) { return one.expired(); });
   batchers_.push_back(made);
@@ -80,6 +80,7 @@ void Front::route(const std::string& model, std::vector<std::pair<std::string, i
 
 void Front::say_goodbye() {
   goodbye_ = true;
+  helm_->lend(false);
   mailbox_->post(Mail{Mail::kWake, {}, 0, {}, {}});
 }
 

@@ -48,7 +48,7 @@ struct Stage {
   double mean_us() const;
 };
 
-// The thread, and its connections, live in loop.cpp; what it is asked and tells, in front.cpp.
+// The loop and its connections live in loop.cpp; what it is asked and tells, in front.cpp.
 class Front : public Desk {
  public:
   // `gathered_max`: bytes of requests of all clients together.
@@ -87,10 +87,11 @@ class Front : public Desk {
   void tell(Event event);
 
   void run();
-  void round();
+  bool round(const Batcher* mine, bool may_sleep);
+  bool wake_joined(const Batcher* mine);
   void hear(uint64_t serial, uint32_t what);
   void refresh_routes();
-  int handle_mail();
+  bool handle_mail();
   void accept_all();
   void hear_listener(bool heard);
   void drop_strangers();
@@ -110,6 +111,7 @@ class Front : public Desk {
 
   std::vector<std::string> tokens_;
   std::shared_ptr<Mailbox> mailbox_;
+  std::shared_ptr<Helm> helm_;
   std::thread thread_;
   int epoll_ = -1;
   int listener_ = -1;
@@ -124,7 +126,7 @@ class Front : public Desk {
   std::atomic<bool> goodbye_{false};
   std::atomic<int64_t> give_up_ns_{0};  // 0: nobody closes
 
-  // Of the thread alone.
+  // Of who is at the helm.
   std::shared_ptr<const Routes> known_routes_;
   uint64_t known_version_ = 0;
   std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;

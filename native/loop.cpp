@@ -107,6 +107,7 @@ Front::Front(std::vector<std::string> tokens, size_t gathered_max)
     : Desk(gathered_max),
       tokens_(std::move(tokens)),
       mailbox_(std::make_shared<Mailbox>()),
+      helm_(std::make_shared<Helm>([this](const Batcher* mine, bool may_sleep) { return round(mine, may_sleep); })),
       routes_(std::make_shared<Routes>()),
       events_event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       received_(new char[kReadBytes]) {
@@ -137,6 +138,7 @@ int Front::listen(const std::string& host, int port, bool shared) {
   };
   add(listener_, kListener);
   add(mailbox_->descriptor(), kMailbox);
+  helm_->lend(true);
   // The signals are Python's: a thread that is born with them blocked gets none.
   {
     SignalsBlocked blocked;
@@ -147,7 +149,10 @@ int Front::listen(const std::string& host, int port, bool shared) {
 }
 
 void Front::run() {
-  while (!is_done()) round();
+  for (helm_->wait(); !is_done(); helm_->wait()) {
+    while (!is_done() && round(nullptr, true) && !helm_->is_wanted()) {}
+    helm_->leave();
+  }
   connections_.clear();
   tell({Event::kClosed, {}, {}, {}, {}});
 }
@@ -165,10 +170,11 @@ int Front::patience_ms() const {
 }
 
 // Reads everything that is there before the runners hear of it: that makes batches.
-void Front::round() {
+bool Front::round(const Batcher* mine, bool may_sleep) {
+  if (handle_mail()) may_sleep = false;
   epoll_event events[kEventsMax];
-  int timeout_ms = patience_ms();
-  int count = epoll_wait(epoll_, events, kEventsMax, mailbox_->may_sleep() ? timeout_ms : 0);
+  int timeout_ms = may_sleep && mailbox_->may_sleep() ? patience_ms() : 0;
+  int count = epoll_wait(epoll_, events, kEventsMax, timeout_ms);
   auto is_bell = [](const epoll_event& event) { return event.data.u64 == kMailbox; };
   mailbox_->awake(std::any_of(events, events + std::max(0, count), is_bell));
   refresh_routes();
@@ -177,15 +183,19 @@ void Front::round() {
     if (events[i].data.u64 == kListener) accept_all();
     else if (events[i].data.u64 != kMailbox) hear(events[i].data.u64, events[i].events);
   }
-  for (auto& batcher : joined_) batcher->wake();
-  joined_.clear();
-  int64_t began_ns = now_ns();
-  int answers = handle_mail();
-  flush_marked();
-  if (answers > 0) write_.add(now_ns() - began_ns, answers);
-  if (goodbye_) begin_goodbye();
-  if (told_goodbye_ || lingering_ > 0) see_off();
   drop_strangers();
+  return wake_joined(mine) && (mine == nullptr || !goodbye_);
+}
+
+// False: others than `mine` go on, and one of them will take the helm.
+bool Front::wake_joined(const Batcher* mine) {
+  bool others = false, own = false;
+  for (auto& batcher : joined_) {
+    if (batcher.get() == mine) own = true;
+    else others |= batcher->wake();
+  }
+  joined_.clear();
+  return own || !others;
 }
 
 void Front::refresh_routes() {
@@ -211,9 +221,11 @@ void Front::hear(uint64_t serial, uint32_t what) {
   if (what & (EPOLLIN | EPOLLHUP | EPOLLERR)) read(connection);
 }
 
-// How many answers were among it.
-int Front::handle_mail() {
+// And sends what follows from it. True: somebody wants to be looked for.
+bool Front::handle_mail() {
+  int64_t began_ns = now_ns();
   int answers = 0;
+  bool woken = false;
   mailbox_->collect(mails_);
   for (Mail& mail : mails_) {
     auto found = connections_.find(mail.call.connection);
@@ -222,10 +234,15 @@ int Front::handle_mail() {
       mark(*found->second);
     }
     answers += mail.kind == Mail::kAnswer;
+    woken |= mail.kind == Mail::kWake;
     if (mail.request) recycle(std::move(mail.request));
   }
   mails_.clear();
-  return answers;
+  if (goodbye_) begin_goodbye();
+  if (told_goodbye_ || lingering_ > 0) see_off();
+  flush_marked();
+  if (answers > 0) write_.add(now_ns() - began_ns, answers);
+  return woken;
 }
 
 void Front::accept_all() {

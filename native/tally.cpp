@@ -21,8 +21,8 @@ void add(Spent& sum, const Spent& one, int64_t times) {
 
 }  // namespace
 
-void Tally::answered(const std::vector<int64_t>& arrived_ns, int64_t batch_rows, int64_t taken_ns,
-                     const Spent& batch_spent) {
+int64_t Tally::answered(const std::vector<int64_t>& arrived_ns, int64_t batch_rows, int64_t taken_ns,
+                        const Spent& batch_spent) {
   int64_t ended_ns = now_ns(), count_in_batch = static_cast<int64_t>(arrived_ns.size());
   requests += count_in_batch;
   rows += batch_rows;
@@ -37,6 +37,7 @@ void Tally::answered(const std::vector<int64_t>& arrived_ns, int64_t batch_rows,
   ++runs.count;
   add(runs.spent, batch_spent, 1);
   last_ms = clock_ns(CLOCK_REALTIME) / 1'000'000;
+  return ended_ns;
 }
 
 void Tally::failed(int code, int64_t count_failed, int64_t ns) {

@@ -43,8 +43,9 @@ struct Tally {
   Histogram queue{};
   int64_t last_ms = 0;
 
-  void answered(const std::vector<int64_t>& arrived_ns, int64_t batch_rows, int64_t taken_ns,
-                const Spent& batch_spent);
+  // When it was.
+  int64_t answered(const std::vector<int64_t>& arrived_ns, int64_t batch_rows, int64_t taken_ns,
+                   const Spent& batch_spent);
   void failed(int code, int64_t requests, int64_t ns);
 };
 

@@ -51,7 +51,7 @@ const std::vector<Tensor> kOutputs = {{"y", "FP32", {-1, 2}, 4}, {"z", "INT64", 
 void serve(const std::string& message, const Asked& asked, const Fit& fit) {
   auto mailbox = std::make_shared<Mailbox>();
   Lane lane{"m", "1", kInputs, kOutputs, true, false};
-  auto batcher = std::make_shared<Batcher>(lane, mailbox);
+  auto batcher = std::make_shared<Batcher>(lane, mailbox, std::make_shared<Helm>(nullptr));
   auto request = std::make_unique<Request>();
   request->body = message;
   for (size_t i = 0; i < kInputs.size(); ++i)

@@ -1,4 +1,7 @@
-// Threads: whoever joins while others take, leave, configure and close is answered or refused, once.
+// Threads: whoever joins while others take, leave, configure and close is answered or refused, once,
+// and somebody always looks after what the answers go to.
+#include <poll.h>
+
 #include <atomic>
 #include <thread>
 
@@ -14,10 +17,30 @@ constexpr int64_t kRowsMax = 8;
 
 struct Scene {
   std::shared_ptr<Mailbox> mailbox = std::make_shared<Mailbox>();
+  std::shared_ptr<Helm> helm = std::make_shared<Helm>([this](const Batcher* mine, bool may_sleep) { return round(mine, may_sleep); });
   std::shared_ptr<Batcher> batcher = std::make_shared<Batcher>(
-      Lane{"m", "1", {{"x", "INT64", {-1}, 8}}, {{"y", "INT64", {-1}, 8}}, true, false}, mailbox);
-  std::atomic<int> refused{0}, left{0}, told{0};
+      Lane{"m", "1", {{"x", "INT64", {-1}, 8}}, {{"y", "INT64", {-1}, 8}}, true, false}, mailbox, helm);
+  std::atomic<int> refused{0}, left{0};
+  std::atomic<bool> over{false};
+  std::vector<Mail> mails;  // and what follows: of who is at the helm
+  int told = 0, rounds = 0, of_runners = 0;
+
+  bool round(const Batcher* mine, bool may_sleep);
 };
+
+// As the front's: asleep until the bell rings, so that one that is forgotten stops everything.
+bool Scene::round(const Batcher* mine, bool may_sleep) {
+  mailbox->collect(mails);
+  for (Mail& mail : mails) {
+    told += mail.kind != Mail::kWake;
+    may_sleep &= mail.kind != Mail::kWake;
+  }
+  mails.clear();
+  pollfd bell{mailbox->descriptor(), POLLIN, 0};
+  mailbox->awake(poll(&bell, 1, may_sleep && mailbox->may_sleep() ? -1 : 0) > 0);
+  of_runners += mine != nullptr;
+  return ++rounds % 64 != 0 && (mine == nullptr || !over);
+}
 
 std::unique_ptr<Request> some_of(int32_t number, Random& random) {
   auto request = std::make_unique<Request>();
@@ -90,18 +113,13 @@ void configure(Scene& scene, uint64_t seed, const std::atomic<bool>& over) {
   }
 }
 
-// As the front's thread does: asleep unless something came.
-void collect(Scene& scene, const std::atomic<bool>& over) {
-  std::vector<Mail> mails;
-  for (bool last = false; !last;) {
-    last = over;
-    scene.mailbox->may_sleep();
-    scene.mailbox->awake(true);
-    scene.mailbox->collect(mails);
-    scene.told += static_cast<int>(mails.size());
-    mails.clear();
-    std::this_thread::yield();
+// As the front's thread does.
+void stand_by(Scene& scene) {
+  for (scene.helm->wait(); !scene.over; scene.helm->wait()) {
+    while (!scene.over && scene.helm->round(nullptr, true) && !scene.helm->is_wanted()) {}
+    scene.helm->leave();
   }
+  scene.helm->round(nullptr, false);
 }
 
 }  // namespace
@@ -112,22 +130,27 @@ void check_threads(uint64_t seed, int rounds) {
   Limits limits;
   limits.max_batch_size = kRowsMax;
   scene.batcher->configure(limits, {});
-  std::atomic<bool> joined{false}, over{false};
+  std::atomic<bool> joined{false};
+  scene.helm->lend(true);
   std::vector<std::thread> runners, joiners;
   for (uint64_t i = 0; i < kRunners; ++i) runners.emplace_back([&, i] { work(scene, seed + i); });
   for (int i = 0; i < kJoiners; ++i)
     joiners.emplace_back([&, i] { join(scene, 1 + i * rounds, rounds, seed + 100 + static_cast<uint64_t>(i)); });
   std::thread configurer([&] { configure(scene, seed, joined); });
-  std::thread collector([&] { collect(scene, over); });
+  std::thread front([&] { stand_by(scene); });
   for (auto& thread : joiners) thread.join();
   joined = true;
   configurer.join();
   scene.batcher->close();
   for (auto& thread : runners) thread.join();
-  over = true;
-  collector.join();
+  scene.over = true;
+  scene.helm->lend(false);
+  scene.mailbox->post(Mail{Mail::kWake, {}, 0, {}, {}});
+  front.join();
   CHECK(scene.told + scene.refused + scene.left == kJoiners * rounds);
-  std::printf("threads: %d told, %d refused, %d left\n", scene.told.load(), scene.refused.load(), scene.left.load());
+  CHECK(scene.of_runners > 0 && scene.of_runners < scene.rounds);
+  std::printf("threads: %d told, %d refused, %d left; %d of %d rounds by runners\n", scene.told,
+              scene.refused.load(), scene.left.load(), scene.of_runners, scene.rounds);
 }
 
 }  // namespace leptonic
