@@ -153,7 +153,7 @@ void Pool::settle(uint32_t number) {
   const Cell& cell = cells_[node.cell];
   node.whole = static_cast<int16_t>(cell.whole);
   node.most = cell.levels.empty() ? int16_t(0) : cell.levels.back();
-  if (policy_ == Policy::kFgd) node.fragment = cells_.fragment(node.cell, node.cpu_milli);
+  node.value = value(node.cell, node.cpu_milli, node.memory_mib);
   note(number);
 }
 
@@ -204,9 +204,24 @@ void Pool::learn(const std::vector<std::pair<uint32_t, int64_t>>& typical, std::
   std::vector<Typical> known;
   for (auto& [shape, weight] : typical) known.push_back({shapes_.at(shape), weight});
   cells_.learn(std::move(known), std::move(steps));
+  value_all();
+}
+
+void Pool::price(Prices prices) {
+  cells_.price(std::move(prices));
+  value_all();
+}
+
+// All that is known of the nodes is known no more.
+void Pool::value_all() {
   for (Node& node : nodes_)
-    if (node.is_there) node.fragment = cells_.fragment(node.cell, node.cpu_milli);
+    if (node.is_there) node.value = value(node.cell, node.cpu_milli, node.memory_mib);
   for (auto& [_, row] : rows_) row->read = SIZE_MAX;
+}
+
+int64_t Pool::value(uint32_t cell, int64_t cpu_milli, int64_t memory_mib) {
+  if (policy_ == Policy::kFgd) return cells_.fragment(cell, cpu_milli);
+  return policy_ == Policy::kPriced ? cells_.worth(cell, cpu_milli, memory_mib) : 0;
 }
 
 Pool::Row& Pool::row(uint32_t shape) {
@@ -299,6 +314,7 @@ int64_t Pool::evaluate(const Row& row, uint32_t number) {
     case Policy::kPacking: return packing(cells_[node.cell], shape);
     case Policy::kBestFit: return best_fit(node, cells_[node.cell], shape);
     case Policy::kFgd: return cells_.fgd(node, shape, row.need);
+    case Policy::kPriced: return cells_.priced(node, shape, row.need);
   }
   throw Broken("no such policy");
 }
@@ -307,13 +323,14 @@ int64_t Pool::evaluate(const Row& row, uint32_t number) {
 
 std::vector<int> Pool::choose(const Node& node, const Shape& shape) {
   if (policy_ == Policy::kDotProduct) return dot_product(node, shape).second;
-  if (policy_ == Policy::kFgd && shape.is_part()) return choose_fgd(node, shape);
+  if ((policy_ == Policy::kFgd || policy_ == Policy::kPriced) && shape.is_part()) return choose_part(node, shape);
   return tightest(node.gpus, shape);
 }
 
-// The first GPU of those with the best score; of those with as much free, the first.
-std::vector<int> Pool::choose_fgd(const Node& node, const Shape& shape) {
-  int64_t before = cells_.fragment(cells_.intern(node.kind, node.gpus), node.cpu_milli);
+// Of those with the best score the tightest, then the first.
+std::vector<int> Pool::choose_part(const Node& node, const Shape& shape) {
+  int64_t before = value(cells_.intern(node.kind, node.gpus), node.cpu_milli, node.memory_mib);
+  int64_t cpu_milli = node.cpu_milli - shape.cpu_milli, memory_mib = node.memory_mib - shape.memory_mib;
   int64_t best = kNone;
   int chosen = -1;
   for (size_t i = 0; i < node.gpus.size(); ++i) {
@@ -321,9 +338,9 @@ std::vector<int> Pool::choose_fgd(const Node& node, const Shape& shape) {
     if (*at < shape.gpu_milli || std::find(node.gpus.begin(), at, *at) != at) continue;
     Levels left = node.gpus;
     left[i] = static_cast<int16_t>(left[i] - shape.gpu_milli);
-    uint32_t after = cells_.intern(node.kind, left);
-    int64_t score = cells_.score(before - cells_.fragment(after, node.cpu_milli - shape.cpu_milli));
-    if (score > best) {
+    int64_t after = value(cells_.intern(node.kind, left), cpu_milli, memory_mib);
+    int64_t score = policy_ == Policy::kFgd ? cells_.score(before - after) : -Cells::lost(before - after);
+    if (score > best || (score == best && *at < node.gpus[static_cast<size_t>(chosen)])) {
       best = score;
       chosen = static_cast<int>(i);
     }
@@ -398,6 +415,7 @@ void Pool::fill(uint32_t number, const Shape& shape, int64_t workers, std::vecto
     spots.push_back({number, choose(node, shape)});
     for (int gpu : spots.back().gpus) node.gpus[static_cast<size_t>(gpu)] -= static_cast<int16_t>(shape.gpu_milli);
     node.cpu_milli -= shape.cpu_milli;
+    node.memory_mib -= shape.memory_mib;
   }
 }
 

@@ -44,6 +44,7 @@ class Pool {
   void forget_shapes();
   // Shapes by number, with their weights; the least gradients of scores 1, 2, ...
   void learn(const std::vector<std::pair<uint32_t, int64_t>>& typical, std::vector<int64_t> steps);
+  void price(Prices prices);
   std::optional<Spot> find(uint32_t shape);
   std::optional<std::vector<Spot>> find_gang(uint32_t shape, int64_t workers, bool one_node);
   bool fits_empty(uint32_t shape, int64_t workers, bool one_node) const;
@@ -80,7 +81,9 @@ class Pool {
   int64_t evaluate(const Row& row, uint32_t node);
   bool fits(const Row& row, const Node& node) const;
   std::vector<int> choose(const Node& node, const Shape& shape);
-  std::vector<int> choose_fgd(const Node& node, const Shape& shape);
+  int64_t value(uint32_t cell, int64_t cpu_milli, int64_t memory_mib);
+  void value_all();
+  std::vector<int> choose_part(const Node& node, const Shape& shape);
   std::optional<std::vector<Spot>> find_together(uint32_t shape, int64_t workers);
   std::optional<std::vector<Spot>> find_spread(uint32_t shape, int64_t workers);
   void fill(uint32_t node, const Shape& shape, int64_t workers, std::vector<Spot>& spots);

@@ -8,6 +8,7 @@ namespace leptonic::placement {
 namespace {
 
 constexpr int64_t kCpuUnit = 128'000, kGpuUnit = 8'000, kQuanta = 100;
+constexpr int64_t kWorth = 1'000'000, kQuantum = kWorth * 3 / 1000, kLeftMax = 1 << 16, kCpuMax = int64_t(1) << 40;
 constexpr int64_t kWorkersMax = 1 << 20;
 __extension__ typedef __int128 Wide;  // amounts are below 2^48, and are multiplied
 
@@ -15,6 +16,14 @@ __extension__ typedef __int128 Wide;  // amounts are below 2^48, and are multipl
 int64_t divided(Wide amount, Wide by) {
   Wide quotient = amount / by - (amount % by != 0 && (amount < 0) != (by < 0));
   return static_cast<int64_t>(std::clamp<Wide>(quotient, INT64_MIN + 1, INT64_MAX));
+}
+
+// The part of so much worth of GPUs that an amount of something else lets be used.
+int64_t usable(const std::vector<int64_t>& table, int64_t step, int64_t amount, int64_t gpus) {
+  int64_t ratio = std::min(amount, kCpuMax) * kWorth / gpus;
+  auto at = static_cast<size_t>(ratio / step);
+  if (at + 1 >= table.size()) return table.back();
+  return table[at] + divided(Wide(table[at + 1] - table[at]) * (ratio % step), step);
 }
 
 }  // namespace
@@ -44,7 +53,10 @@ int64_t Cell::room(const Shape& shape, int64_t cpu_milli, int64_t memory_mib) co
 
 uint32_t Cells::kind(const Kind& kind) {
   auto [at, is_new] = kind_ids_.try_emplace(kind, static_cast<uint32_t>(kinds_.size()));
-  if (is_new) kinds_.push_back(kind);
+  if (is_new) {
+    kinds_.push_back(kind);
+    models_.push_back(prices_.model(kind.gpu_model));
+  }
   return at->second;
 }
 
@@ -139,10 +151,50 @@ int64_t Cells::score(int64_t gradient) const {
 
 int64_t Cells::fgd(const Node& node, const Shape& shape, uint32_t need) {
   size_t left = bucket(node.cpu_milli - shape.cpu_milli);
-  if (!shape.gpus) return score(node.fragment - fragment_at(node.cell, left));
+  if (!shape.gpus) return score(node.value - fragment_at(node.cell, left));
   int64_t least = INT64_MAX;
   for (uint32_t cell : after(node.cell, shape, need)) least = std::min(least, fragment_at(cell, left));
-  return score(node.fragment - least);
+  return score(node.value - least);
+}
+
+int Prices::model(const std::string& name) const {
+  auto at = std::find(models.begin(), models.end(), name);
+  return at == models.end() ? -1 : static_cast<int>(at - models.begin());
+}
+
+void Cells::price(Prices prices) {
+  prices_ = std::move(prices);
+  for (size_t i = 0; i < kinds_.size(); ++i) models_[i] = prices_.model(kinds_[i].gpu_model);
+  for (Cell& cell : cells_) cell.worth = -1;
+}
+
+int64_t Cells::worth(uint32_t number, int64_t cpu_milli, int64_t memory_mib) {
+  Cell& cell = cells_[number];
+  int model = models_[cell.kind];
+  if (model < 0) return cell.total * kWorth / kGpuMilli;
+  auto at = static_cast<size_t>(model);
+  if (cell.worth < 0) {
+    auto& table = prices_.gpu[at];
+    auto last = static_cast<int64_t>(table.size()) - 1;
+    cell.worth = 0;
+    for (int16_t left : cell.levels) cell.worth += table[static_cast<size_t>(left * last / kGpuMilli)];
+  }
+  if (!cell.worth) return 0;
+  int64_t cpu = usable(prices_.cpu[at], prices_.cpu_step, cpu_milli, cell.worth);
+  int64_t memory = usable(prices_.memory[at], prices_.memory_step, memory_mib, cell.worth);
+  return cell.worth * std::min(cpu, memory) / kWorth;
+}
+
+int64_t Cells::lost(int64_t worth) { return worth / kQuantum - (worth % kQuantum < 0); }
+
+int64_t Cells::priced(const Node& node, const Shape& shape, uint32_t need) {
+  int64_t cpu_milli = node.cpu_milli - shape.cpu_milli, memory_mib = node.memory_mib - shape.memory_mib;
+  int64_t most = INT64_MIN;
+  if (!shape.gpus) most = worth(node.cell, cpu_milli, memory_mib);
+  else
+    for (uint32_t cell : after(node.cell, shape, need)) most = std::max(most, worth(cell, cpu_milli, memory_mib));
+  int64_t spare = cells_[node.cell].total - int64_t(shape.gpus) * shape.gpu_milli;
+  return -lost(node.value - most) * kLeftMax - spare;
 }
 
 uint64_t mixed(uint64_t word) {

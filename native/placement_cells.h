@@ -16,7 +16,7 @@ namespace leptonic::placement {
 constexpr int64_t kGpuMilli = 1000;
 constexpr int64_t kNone = INT64_MIN;  // the score of a node that cannot take it
 
-enum class Policy { kRandom, kDotProduct, kClustering, kPacking, kBestFit, kFgd };
+enum class Policy { kRandom, kDotProduct, kClustering, kPacking, kBestFit, kFgd, kPriced };
 
 using Label = std::pair<std::string, std::string>;
 
@@ -52,6 +52,7 @@ struct Cell {
   Levels levels;  // ascending
   int64_t total = 0;
   int whole = 0;
+  int64_t worth = -1;                        // of its GPUs; -1 until asked
   bool is_learned = false;                   // its fragments are known
   std::vector<std::vector<uint32_t>> after;  // by need: the cell after each choice that differs
 
@@ -64,7 +65,7 @@ struct alignas(64) Node {
   uint64_t order = 0;  // as the names
   size_t changed = 0;  // its last place in the log
   int64_t cpu_milli = 0, memory_mib = 0;
-  int64_t fragment = 0;
+  int64_t value = 0;  // of what is free: fragments (FGD), worth (priced)
   uint32_t kind = 0, cell = 0;
   int16_t most = 0, whole = 0;  // free on one GPU; of GPUs
   bool is_there = false, is_open = false;
@@ -77,6 +78,16 @@ struct alignas(64) Node {
 struct Typical {
   Shape shape;
   int64_t weight;
+};
+
+// A plan's: scores.Prices.
+struct Prices {
+  std::vector<std::string> models;
+  std::vector<std::vector<int64_t>> gpu, cpu, memory;
+  int64_t cpu_step = 1, memory_step = 1;
+
+  // -1 for one that it does not name.
+  int model(const std::string& name) const;
 };
 
 // The states that nodes are or were in, and what each is to the typical shapes.
@@ -96,6 +107,12 @@ class Cells {
   int64_t fgd(const Node& node, const Shape& shape, uint32_t need);
   // 100 x the sigmoid of the fragments that go away.
   int64_t score(int64_t gradient) const;
+  void price(Prices prices);
+  int64_t worth(uint32_t cell, int64_t cpu_milli, int64_t memory_mib);
+  // In quanta, rounded down.
+  static int64_t lost(int64_t worth);
+  // The score of the best choice of GPUs.
+  int64_t priced(const Node& node, const Shape& shape, uint32_t need);
   void forget();
 
  private:
@@ -110,6 +127,8 @@ class Cells {
   std::unordered_map<std::string, uint32_t> ids_;
   std::map<std::pair<int, int>, uint32_t> needs_;
   std::vector<Typical> typical_;
+  Prices prices_;
+  std::vector<int> models_;  // of a plan, by kind
   std::vector<int64_t> fragments_;  // by cell and by how many typical amounts of CPU are free
   std::vector<int64_t> cpus_;       // of typical shapes with GPUs, each once, ascending
   std::vector<int64_t> steps_;

@@ -13,6 +13,8 @@ namespace leptonic::placement {
 
 namespace {
 
+using Tables = std::vector<std::vector<int64_t>>;
+
 nb::tuple tuple_of(const auto& numbers) {
   nb::object tuple = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(numbers.size())));
   Py_ssize_t at = 0;
@@ -63,6 +65,10 @@ NB_MODULE(leptonic_placement, module) {
       .def("forget_shapes", &Pool::forget_shapes)
       .def("learn", [](Pool& pool, const std::vector<std::pair<uint32_t, int64_t>>& typical,
                        std::vector<int64_t> steps) { pool.learn(typical, std::move(steps)); })
+      .def("price", [](Pool& pool, std::vector<std::string> models, Tables gpu, Tables cpu, Tables memory,
+                       int64_t cpu_step, int64_t memory_step) {
+        pool.price({std::move(models), std::move(gpu), std::move(cpu), std::move(memory), cpu_step, memory_step});
+      })
       .def("find", &find)
       .def("find_gang", [](Pool& pool, uint32_t shape, int64_t workers, bool one_node) {
         return spots_of(pool.find_gang(shape, workers, one_node));

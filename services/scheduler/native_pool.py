@@ -5,11 +5,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import msgspec
+
 from services.scheduler import scores
 from services.scheduler.shapes import GPUS_MAX, Free, Machine, Shape, Spot
 
 EXTENSION = "leptonic_placement"
-POLICIES = ("random", "dot_product", "clustering", "packing", "best_fit", "fgd")
+POLICIES = ("random", "dot_product", "clustering", "packing", "best_fit", "fgd", "priced")
 """In the order of `Policy` there."""
 SHAPES_MAX = 1 << 16
 """Whose numbers are remembered, on both sides."""
@@ -83,6 +85,10 @@ class NativePool:
             self.make_way(len(typical))
             known = [(self.number(shape), weight) for shape, weight in typical]
             self.core.learn(known, list(scores.fragments(typical).steps))
+
+    def price(self, prices: scores.Prices) -> None:
+        if self.policy == "priced":
+            self.core.price(*msgspec.structs.astuple(prices))
 
     def find(self, shape: Shape) -> Spot | None:
         found = self.core.find(self.number(shape))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from services.scheduler import native_pool, scores
+from services.scheduler.scores import Prices
 from services.scheduler.shapes import (
     GPU_MILLI,
     GPUS_MAX,
@@ -31,6 +32,7 @@ SCORES = {
     "packing": scores.packing,
     "best_fit": scores.best_fit,
     "fgd": scores.fgd(scores.Fragments()),
+    "priced": scores.priced(scores.Prices()),
 }
 
 
@@ -55,6 +57,9 @@ class Pool(Protocol):
 
     def learn(self, typical: Sequence[tuple[Shape, int]]) -> None:
         """Shapes that come, and how often: what FGD keeps room for."""
+
+    def price(self, prices: Prices) -> None:
+        """A new plan: what `priced` decides by."""
 
     def find(self, shape: Shape) -> Spot | None:
         """The policy's choice now."""
@@ -148,6 +153,10 @@ class PythonPool:
     def learn(self, typical: Sequence[tuple[Shape, int]]) -> None:
         if self.policy == "fgd":
             self.choose = scores.fgd(scores.fragments(typical))
+
+    def price(self, prices: Prices) -> None:
+        if self.policy == "priced":
+            self.choose = scores.priced(prices)
 
     def join(self, machine: Machine) -> None:
         assert machine.node not in self.nodes, machine.node

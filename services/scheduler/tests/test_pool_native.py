@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from services.scheduler import native_pool
 from services.scheduler.pool import SCORES, PythonPool
+from services.scheduler.scores import Prices
 from services.scheduler.shapes import Machine, Shape, Spot, capacity
 
 pytestmark = pytest.mark.skipif(
@@ -50,6 +51,21 @@ def machines(draw: st.DrawFn) -> Machine:
     )
 
 
+@st.composite
+def prices(draw: st.DrawFn) -> Prices:
+    models = tuple(draw(st.sampled_from([(), ("T4",), MODELS])))
+    worths = st.lists(st.integers(0, 1_200_000), min_size=2, max_size=11)
+    parts = st.lists(st.integers(0, 1_000_000), min_size=1, max_size=6)
+    return Prices(
+        models=models,
+        gpu=tuple(tuple(sorted(draw(worths))) for _ in models),
+        cpu=tuple(tuple(draw(parts)) for _ in models),
+        memory=tuple(tuple(draw(parts)) for _ in models),
+        cpu_step=draw(st.integers(1, 5000)),
+        memory_step=draw(st.integers(1, 900)),
+    )
+
+
 STEPS = st.one_of(
     st.tuples(st.just("join"), machines()),
     st.tuples(st.just("join"), machines()),
@@ -57,6 +73,7 @@ STEPS = st.one_of(
     st.tuples(st.just("change"), machines()),
     st.tuples(st.just("open"), st.sampled_from(NAMES), st.booleans()),
     st.tuples(st.just("learn"), st.lists(st.tuples(shapes(), st.integers(1, 9)), max_size=4)),
+    st.tuples(st.just("price"), prices()),
     st.tuples(st.just("place"), shapes(), st.integers(1, 9), st.booleans()),
     st.tuples(st.just("place"), shapes(), st.just(1), st.booleans()),
     st.tuples(st.just("finish"), st.integers(0, 99)),
@@ -104,6 +121,9 @@ class Twins:
 
     def learn(self, typical: list[tuple[Shape, int]]) -> None:
         self.both(lambda pool: pool.learn(typical))
+
+    def price(self, plan: Prices) -> None:
+        self.both(lambda pool: pool.price(plan))
 
     def place(self, shape: Shape, workers: int, one_node: bool) -> None:
         self.both(lambda pool: pool.fits_empty(shape, workers, one_node))
