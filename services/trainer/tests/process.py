@@ -31,7 +31,7 @@ from stack.testing import ACCESS_KEY, PASSWORD, eventually
 
 WARM_S = 180.0
 DRAIN_S = 10.0
-GONE_S = 90.0
+GONE_S = 30.0
 PLACE = f"00-{'a' * 32}-{'b' * 16}-01"
 
 

@@ -6,8 +6,11 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
+import psutil
+import pytest
 import pytest_asyncio
 
 from libs.bus.jetstream import JetStreamBus
@@ -29,11 +32,15 @@ async def trainer(
         yield one
 
 
+@pytest.mark.slow
 async def test_it_resumes_after_a_kill_ends_with_ray_and_leaves_nothing_behind(
     trainer: Trainer, objects: ObjectStore
 ) -> None:
     await trainer.heartbeat("health", "Initializing")
     first = await trainer.heartbeat("health", "Healthy")
+    kept = environments(trainer.pid_of("raylet"))
+    assert kept
+    assert not any(one.startswith(b"\0") for one in kept), "the reaper finds its mark in all of it"
     params = {"epochs": 12, "hidden": [512, 512], "batch_size": 16}
     spec = spec_of(await store_digits(objects), workers=2, params=params)
     await trainer.place(placed("resumed", spec))
@@ -58,6 +65,12 @@ async def test_it_resumes_after_a_kill_ends_with_ray_and_leaves_nothing_behind(
     async with asyncio.timeout(WARM_S):
         assert await trainer.process.wait() != 0, "it ends with Ray, so that both are started again"
     await trainer.nothing_left()
+
+
+def environments(raylet: int) -> list[bytes]:
+    """Of the processes that it has started."""
+    started = psutil.Process(raylet).children()
+    return [Path(f"/proc/{one.pid}/environ").read_bytes() for one in started]
 
 
 async def spans_are_one_tree(receiver: Receiver) -> None:
