@@ -2,6 +2,7 @@
 Spans are made as in a service, and go nowhere unless a test looks at them.
 """
 
+import pytest
 from hypothesis import HealthCheck, settings
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
@@ -14,3 +15,9 @@ settings.register_profile(
 settings.load_profile("leptonic")
 trace.set_tracer_provider(TracerProvider(id_generator=ChosenIds()))
 pytest_plugins = ["stack.testing"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: where files are shared out, none of those is left to the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
