@@ -24,6 +24,15 @@ LATENCY_BOUNDS_NS = tuple(
 """Upper bounds of the histograms in `Counts`; one more bucket takes what is above."""
 
 
+def full_text(what: str, waiting: str) -> str:
+    """What is told to a request that may not wait; `what` has a queue, in which `waiting` are."""
+    return f"exceeds maximum queue size of {what}: {waiting} wait already"
+
+
+def leaving_text(what: str) -> str:
+    return f"{what} is being unloaded"
+
+
 class Lane(NamedTuple):
     """What a batcher must know of the version behind it."""
 

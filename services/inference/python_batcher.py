@@ -17,7 +17,16 @@ import numpy as np
 from libs.contracts.artifacts import Tensor
 from libs.contracts.pipeline import Batching
 from services.inference import sampling, tensors
-from services.inference.front import Batch, Counts, Lane, Note, Sampling, Waiter
+from services.inference.front import (
+    Batch,
+    Counts,
+    Lane,
+    Note,
+    Sampling,
+    Waiter,
+    full_text,
+    leaving_text,
+)
 from services.inference.line import Line
 from services.inference.tally import Tally
 from services.inference.tensors import Array, Arrays
@@ -260,9 +269,8 @@ class PythonBatcher:
     def refusal(self, ticket: int) -> tuple[int, str]:
         """(code, text) for a ticket of 0 or -1."""
         if ticket:
-            return UNAVAILABLE, f"{self.name} is being unloaded"
-        waiting = f"{self.line.waiting} requests wait already"
-        return RESOURCE_EXHAUSTED, f"exceeds maximum queue size of {self.name}: {waiting}"
+            return UNAVAILABLE, leaving_text(self.name)
+        return RESOURCE_EXHAUSTED, full_text(self.name, f"{self.line.waiting} requests")
 
     @property
     def name(self) -> str:

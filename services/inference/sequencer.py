@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from libs.doors import DeadlineExceeded, Exhausted, Invalid, Refused, Unavailable
 from services.inference import sequences
+from services.inference.front import full_text, leaving_text
 from services.inference.sequences import (
     WAITING_MAX,
     Book,
@@ -113,10 +114,8 @@ class Sequencer:
                 "the START flag on the first request of the sequence"
             ) from error
         except Full as error:
-            raise Exhausted(
-                f"exceeds maximum queue size of model '{self.model}': {WAITING_MAX} requests of "
-                "sequences wait already"
-            ) from error
+            waiting = f"{WAITING_MAX} requests of sequences"
+            raise Exhausted(full_text(f"model '{self.model}'", waiting)) from error
 
     def leave(self, ticket: int, turn: asyncio.Future[Sequence], place: Place) -> None:
         """Its turn may have come in the same moment."""
@@ -160,4 +159,4 @@ class Sequencer:
         self.turns.clear()
 
     def leaving(self) -> Unavailable:
-        return Unavailable(f"model '{self.model}' is being unloaded")
+        return Unavailable(leaving_text(f"model '{self.model}'"))

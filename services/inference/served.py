@@ -15,7 +15,17 @@ from libs.contracts.pipeline import Batching
 from libs.contracts.protos.model_config_pb2 import ModelConfig
 from libs.doors import DeadlineExceeded, Exhausted, Internal, Refused, Unavailable
 from services.inference import modelconfig, sequences
-from services.inference.front import Batch, Batcher, Counts, Front, Lane, Note, Sampling
+from services.inference.front import (
+    Batch,
+    Batcher,
+    Counts,
+    Front,
+    Lane,
+    Note,
+    Sampling,
+    full_text,
+    leaving_text,
+)
 from services.inference.models import Crashed, Model, RunFailed
 from services.inference.responses import Responses
 from services.inference.sequencer import Sequencer
@@ -207,12 +217,9 @@ class Served:
             inputs, rows, waiting, id, traceparent, deadline_ns, timeout_us, priority
         )
         if ticket == FULL:
-            most = self.limits.max_queue_size
-            raise Exhausted(
-                f"exceeds maximum queue size of {self.title}: {most} requests wait already"
-            )
+            raise Exhausted(full_text(self.title, f"{self.limits.max_queue_size} requests"))
         if ticket == CLOSED:
-            raise Unavailable(f"{self.title} is being unloaded")
+            raise Unavailable(leaving_text(self.title))
         try:
             return await waiting.result
         except asyncio.CancelledError:
@@ -255,7 +262,7 @@ class Served:
 
     async def next_of(self, stream: "Stream", deadline_ns: int) -> Arrays | None:
         if self.is_closed:
-            raise Unavailable(f"{self.title} is being unloaded")
+            raise Unavailable(leaving_text(self.title))
         left_s = (deadline_ns - monotonic_ns()) / 1e9 if deadline_ns else None
         stream.coming = self.pool.submit(next, stream.answers, None)
         try:
