@@ -7,13 +7,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from time import monotonic
+from time import monotonic, monotonic_ns
 
 import msgspec
 
 from libs import telemetry
 from libs.bus import Bus
 from libs.bus.loop import backoff_s
+from libs.contracts.autoscaling import NODE_LABEL, REPLICA_KIND
 from libs.contracts.events import (
     DeploymentObserved,
     DeploymentReady,
@@ -27,7 +28,11 @@ from services.inference import domain, models, store
 from services.inference.cache import Cache
 from services.inference.endpoint import Endpoint, Origin, batching_of, context_of
 from services.inference.endpoints import Endpoints, Key
+from services.inference.forward import Forwarder
+from services.inference.loads import Load, Loads
 from services.inference.models import Build, in_process
+from services.inference.peers import Told
+from services.inference.presence import Presence
 from services.inference.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -50,6 +55,8 @@ class Node(msgspec.Struct, frozen=True):
     incarnation: str
     """Of the process: another one after every start."""
     capacity: Resources
+    address: str
+    """Of its gRPC door, for the other replicas."""
 
 
 class Agent:
@@ -61,6 +68,7 @@ class Agent:
         registry: Registry,
         endpoints: Endpoints,
         node: Node,
+        forwarder: Forwarder,
         cache: Cache | None = None,
         build: Build = in_process,
     ) -> None:
@@ -74,6 +82,10 @@ class Agent:
         self.build = build
         self.assignments: list[store.Assignment] = []
         self.desired: dict[Key, tuple[DeploymentUpdated, str]] = {}
+        self.loads = Loads(endpoints, monotonic_ns())
+        self.called_out = asyncio.Event()
+        self.presence = Presence(endpoints, forwarder, lambda: self.desired, self.called_out.set)
+        endpoints.elsewhere = self.presence
         self.owed: set[Key] | None = None
         """Models this node served before it was started; unknown until Postgres said it."""
         self.unwanted: dict[Key, float] = {}
@@ -113,10 +125,15 @@ class Agent:
     async def speak(self) -> None:
         """Knows what it runs: an empty list would give its work away."""
         while True:
-            await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat())
-            await asyncio.sleep(BEAT_S)
+            self.called_out.clear()
+            loads = self.loads.look(self.presence.waiting, monotonic_ns())
+            await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat(loads))
+            told = Told(self.node.name, self.node.address, loads)
+            await self.bus.broadcast(f"replicas.{self.node.name}", msgspec.json.encode(told))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.called_out.wait(), BEAT_S)
 
-    def heartbeat(self) -> bytes:
+    def heartbeat(self, loads: list[Load]) -> bytes:
         running = [
             {"project": a.project, "job": a.job, "attempt": a.attempt, "token": a.token}
             for a in self.assignments
@@ -125,10 +142,12 @@ class Agent:
             {
                 "node": self.node.name,
                 "incarnation": self.node.incarnation,
-                "kinds": ["serve"],
+                "kinds": [REPLICA_KIND],
+                "labels": {NODE_LABEL: self.node.name},
                 "capacity": self.node.capacity,
                 "running": running,
                 "health": "Healthy",
+                "loads": loads,
             }
         )
 
@@ -219,6 +238,7 @@ class Agent:
             return False
         todo = domain.plan(targets, endpoint.loaded, endpoint.route)
         endpoint.follow(deployment, todo)
+        self.presence.notify()
         endpoint.rolled_out = context_of(telemetry.current())
         for version in todo.unload:
             await endpoint.unload(version)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from services.inference.bodies import Exchange
 from services.inference.busdoor import BusDoor
 from services.inference.cache import Cache
 from services.inference.endpoints import Endpoints
+from services.inference.forward import Forwarder
 from services.inference.guard import Guard
 from services.inference.handlers import HANDLERS, Context
 from services.inference.isolated import in_worker
@@ -72,6 +74,10 @@ class Settings(Common, frozen=True, kw_only=True):
     request_log_per_s: Annotated[
         float, Meta(ge=0, description="requests of a version logged, at most")
     ] = 2000
+    grpc_address: Annotated[
+        str,
+        Meta(description="where other replicas reach the gRPC door; empty: where it listens"),
+    ] = ""
     cache_dir: Annotated[str, Meta(description="folder that keeps artifacts; empty: none")] = ""
     isolate: Annotated[bool, Meta(description="run each model in a process of its own")] = False
     cpu_milli: Annotated[int, Meta(description="CPU offered to the scheduler")] = 4000
@@ -109,11 +115,14 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
             name=settings.node,
             incarnation=uuid.uuid4().hex,
             capacity=Resources(settings.cpu_milli, settings.memory_mib),
+            address=settings.grpc_address or f"{reached_at(settings.host)}:{settings.grpc_port}",
         )
+        forwarder = Forwarder(node.name, tokens_of(settings))
+        stack.push_async_callback(forwarder.close)
         objects = store_of(settings)
         cache = Cache(Path(settings.cache_dir)) if settings.cache_dir else None
         build = in_worker if settings.isolate else in_process
-        agent = Agent(db, bus, objects, Registry(channel), endpoints, node, cache, build)
+        agent = Agent(db, bus, objects, Registry(channel), endpoints, node, forwarder, cache, build)
         stack.push_async_callback(count_what_is_left, agent)
         await stack.enter_async_context(
             background(
@@ -126,6 +135,7 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
                 agent.catch_up(),
                 agent.beat(),
                 agent.observe(),
+                agent.presence.listen(bus, node.name),
             )
         )
         endpoints.on_quarantine = agent.quarantine
@@ -133,6 +143,11 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
         api = Inference(db, bus, endpoints)
         await stack.enter_async_context(doors(settings, api, endpoints, host, drain))
         yield agent, drain
+
+
+def reached_at(host: str) -> str:
+    """By the other replicas. Where it listens on every address, by this machine's name."""
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared
 
 
 def tokens_of(settings: Settings) -> list[str]:

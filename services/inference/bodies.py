@@ -107,14 +107,15 @@ class Exchange:
         request, binary = split(body, header_length)
         given = given_of(request, binary, self.memory)
         wishes = wishes_of(request, self.memory)
-        if self.endpoints.served(model, version).model.decoupled:
+        deadline_ns = deadline_of(request, patience_s) if patience_s else 0
+        await self.endpoints.bring(model, deadline_ns)
+        if self.endpoints.is_decoupled(model, version):
             raise Unsupported(
                 f"model '{model}' gives any number of answers: ask it with ModelStreamInfer over "
                 "gRPC, or with generate_stream over HTTP"
             )
         own = parameters_of(request)
         asked = [output.name for output in request.outputs]
-        deadline_ns = deadline_of(request, patience_s) if patience_s else 0
         call = Call(model, version, request.id, given, asked, deadline_ns, traceparent, own)
         answer = await self.endpoints.infer(call)
         return body_of(answer, wishes, bool(request.parameters.get(BINARY_ALL, False)))

@@ -19,7 +19,7 @@ from libs.doors.metrics import count
 from libs.doors.serve import background
 from services.inference.bodies import HEADER_LENGTH, Exchange
 from services.inference.compression import TooLarge
-from services.inference.endpoint import Endpoint
+from services.inference.endpoints import Key
 
 log = logging.getLogger(__name__)
 GROUP = "predict"
@@ -59,12 +59,11 @@ class BusDoor:
             await asyncio.sleep(POLL_S)
 
     async def look(self) -> None:
-        """Listens for what is served now, and for nothing else."""
-        served = {
-            subject_of(one): one.name
-            for one in self.exchange.endpoints.by_key.values()
-            if any(one.route.values())
-        }
+        """Listens for what is served now or sleeps, and for nothing else."""
+        endpoints = self.exchange.endpoints
+        routed = [key for key in endpoints.by_key if endpoints.is_routed(key)]
+        keys = [*routed, *endpoints.elsewhere.asleep()]
+        served = {subject_of(key): endpoints.name_of(key) for key in keys}
         for subject in self.open.keys() - served.keys():
             self.close(subject)
         for subject in served.keys() - self.open.keys():
@@ -109,8 +108,9 @@ class BusDoor:
         return Reply(body.payload, {STATUS_HEADER: "200", **length})
 
 
-def subject_of(endpoint: Endpoint) -> str:
-    return f"{GROUP}.{endpoint.project}.{endpoint.model}"
+def subject_of(key: Key) -> str:
+    project, model = key
+    return f"{GROUP}.{project}.{model}"
 
 
 def refusal(error: Refused) -> Reply:

@@ -32,6 +32,8 @@ class Call(NamedTuple):
     traceparent: str
     parameters: Mapping[str, Parameter] = {}
     """`timeout` (us), `priority`, `sequence_id`, `sequence_start`, `sequence_end`, and others."""
+    forwarded: bool = False
+    """By another replica: answered here or not at all."""
 
 
 class Answer(NamedTuple):

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from time import monotonic, monotonic_ns
+from typing import Protocol
 
 from libs import telemetry
 from libs.contracts.pipeline import Batching
@@ -30,6 +31,37 @@ OnQuarantine = Callable[[Endpoint, str], Awaitable[None]]
 """Brings another version in the place of the one that is quarantined."""
 
 
+class Elsewhere(Protocol):
+    """What is served by other replicas, or by none until somebody asks."""
+
+    async def bring(self, key: Key, deadline_ns: int) -> None:
+        """Waits until it is served, here or there. Raises `Refused`."""
+
+    def serves(self, key: Key) -> bool:
+        """Another replica does."""
+
+    async def infer(self, key: Key, call: Call) -> Answer | None:
+        """None: answer it here. Raises `Refused`."""
+
+    def asleep(self) -> list[Key]:
+        """Nobody serves them, and a request would change that."""
+
+
+class Nowhere:
+    """A server on its own."""
+
+    async def bring(self, key: Key, deadline_ns: int) -> None: ...
+
+    def serves(self, key: Key) -> bool:
+        return False
+
+    async def infer(self, key: Key, call: Call) -> Answer | None:
+        return None
+
+    def asleep(self) -> list[Key]:
+        return []
+
+
 class Endpoints:
     """Every model served here, by project and name."""
 
@@ -40,15 +72,23 @@ class Endpoints:
         self.by_key: dict[Key, Endpoint] = {}
         self.replacing: set[asyncio.Task[None]] = set()
         self.on_quarantine: OnQuarantine = nothing_else
+        self.elsewhere: Elsewhere = Nowhere()
         self.rates_of: Callable[[str], Rates] = lambda model: notes.rates
 
     def at(self, key: Key) -> Endpoint:
         """Made where there is none."""
         if key not in self.by_key:
-            project, model = key
-            name = model if project == self.project else f"{project}.{model}"
-            self.by_key[key] = Endpoint(self.front, project, model, name)
+            self.by_key[key] = Endpoint(self.front, *key, self.name_of(key))
         return self.by_key[key]
+
+    def name_of(self, key: Key) -> str:
+        """On the doors."""
+        project, model = key
+        return model if project == self.project else f"{project}.{model}"
+
+    def key_of(self, name: str) -> Key:
+        key = self.project, name
+        return key if key in self.by_key else domain.served_name(name, self.project)
 
     async def add(
         self,
@@ -91,11 +131,24 @@ class Endpoints:
 
     def find(self, name: str) -> Endpoint:
         """By its name on the door. Raises `NotFound`."""
-        endpoint = self.by_key.get((self.project, name))
-        endpoint = endpoint or self.by_key.get(domain.served_name(name, self.project))
+        endpoint = self.by_key.get(self.key_of(name))
         if endpoint is None:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
         return endpoint
+
+    async def bring(self, name: str, deadline_ns: int = 0) -> None:
+        """What sleeps is woken and waited for. Raises `Refused`."""
+        key = self.key_of(name)
+        if not self.is_routed(key):
+            await self.elsewhere.bring(key, deadline_ns)
+
+    def is_elsewhere(self, name: str) -> bool:
+        key = self.key_of(name)
+        return not self.is_routed(key) and self.elsewhere.serves(key)
+
+    def is_decoupled(self, name: str, version: str) -> bool:
+        """What another replica serves it says itself. Raises `Refused`."""
+        return not self.is_elsewhere(name) and self.served(name, version).model.decoupled
 
     def served(self, name: str, version: str) -> Served:
         """Who would answer; without a version the one with most of the traffic. Raises
@@ -122,10 +175,12 @@ class Endpoints:
         return versions, endpoint.served[max(endpoint.route, key=lambda v: endpoint.route[v])]
 
     def is_ready(self, name: str, version: str) -> bool:
+        """What sleeps is: it is asked, and answers."""
         try:
             return bool(self.described(name, version))
         except (NotFound, Unavailable):
-            return False
+            key = self.key_of(name)
+            return self.elsewhere.serves(key) or key in self.elsewhere.asleep()
 
     def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
         """(name, version, state, reason) of everything assigned to this replica."""
@@ -137,6 +192,9 @@ class Endpoints:
             rows += [(endpoint.name, v, "UNAVAILABLE", w) for v, w in endpoint.quarantined.items()]
             if not endpoint.served and not endpoint.quarantined:
                 rows.append((endpoint.name, "", "UNAVAILABLE", "not loaded yet"))
+        if not ready_only:
+            sleeping = [self.name_of(key) for key in self.elsewhere.asleep()]
+            rows += [(name, "", "UNAVAILABLE", "loaded by the next request") for name in sleeping]
         return rows
 
     def chosen(self, call: Call) -> Served:
@@ -152,6 +210,9 @@ class Endpoints:
     async def infer(self, call: Call) -> Answer:
         """Raises `Refused`."""
         began_ns = monotonic_ns()
+        answer = await self.elsewhere.infer(self.key_of(call.model), call)
+        if answer is not None:
+            return answer
         try:
             served = self.chosen(call)
         except Refused as error:

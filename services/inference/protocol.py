@@ -25,6 +25,8 @@ EMPTY_FINAL = "triton_enable_empty_final_response"
 """Whether a decoupled model's stream ends with an empty answer that says so."""
 FINAL = "triton_final_response"
 FILE_PREFIX = "file:"
+FORWARDED = "leptonic-forwarded"
+"""Metadata of a request that another replica could not answer itself: its name."""
 
 
 class Wish(NamedTuple):
@@ -56,6 +58,7 @@ def call_of(
     typed = any(tensor.HasField("contents") for tensor in request.inputs)
     wanted = Wanted(wishes, typed, empty_final_of(said))
     left_s = context.time_remaining()
+    metadata = dict(context.invocation_metadata() or ())
     call = Call(
         model=request.model_name,
         version=request.model_version,
@@ -63,8 +66,9 @@ def call_of(
         given=given_of(request, memory),
         outputs=[output.name for output in request.outputs],
         deadline_ns=0 if left_s is None else monotonic_ns() + int(left_s * NS),
-        traceparent=str(dict(context.invocation_metadata() or ()).get(TRACE_HEADER, "")),
+        traceparent=str(metadata.get(TRACE_HEADER, "")),
         parameters={n: value for n, value in said.items() if not n.startswith(RESERVED)},
+        forwarded=FORWARDED in metadata,
     )
     return call, wanted
 

@@ -157,7 +157,8 @@ class Rest:
 
     async def infer(self, request: Request) -> Response:
         place = named(request)
-        self.endpoints.served(**place)
+        await self.endpoints.bring(place["name"])
+        self.endpoints.is_decoupled(**place)
         work = self.exchange.infer(
             place["name"],
             place["version"],
@@ -180,6 +181,7 @@ class Rest:
 
     async def generated_call(self, request: Request) -> Call:
         place = named(request)
+        await self.endpoints.bring(place["name"])
         signature = self.endpoints.served(**place).signature
         body = await object_of(request, dict[str, Any])
         parent = request.headers.get(TRACE_HEADER, "")

@@ -100,16 +100,20 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         )
 
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Context) -> Any:
+        await self.endpoints.bring(request.name)
         versions, served = self.endpoints.described(request.name, request.version)
         return protocol.metadata_of(request.name, versions, served)
 
     async def ModelConfig(self, request: oip.ModelConfigRequest, context: Context) -> Any:
+        await self.endpoints.bring(request.name)
         served = self.endpoints.served(request.name, request.version)
         return oip.ModelConfigResponse(config=served.config)
 
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Context) -> Any:
         call, wanted = protocol.call_of(request, self.memory, context)
-        if self.endpoints.served(call.model, call.version).model.decoupled:
+        if not call.forwarded:
+            await self.endpoints.bring(call.model, call.deadline_ns)
+        if self.endpoints.is_decoupled(call.model, call.version):
             raise Unsupported(
                 "ModelInfer RPC doesn't support models with decoupled transaction policy: "
                 f"ask '{call.model}' with ModelStreamInfer"

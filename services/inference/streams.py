@@ -5,6 +5,7 @@ has something. An error is an answer: the stream goes on.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 
@@ -52,6 +53,8 @@ class Stream:
         before: asyncio.Task[None] | None = None
         async for request in requests:
             await self.unanswered.acquire()
+            with contextlib.suppress(Refused):  # said again by the answer
+                await self.endpoints.bring(request.model_name)
             if self.is_decoupled(request):
                 task = asyncio.create_task(self.answer_freely(request))
             else:
@@ -67,10 +70,9 @@ class Stream:
 
     def is_decoupled(self, request: oip.ModelInferRequest) -> bool:
         try:
-            served = self.endpoints.served(request.model_name, request.model_version)
+            return self.endpoints.is_decoupled(request.model_name, request.model_version)
         except Refused:
             return False
-        return served.model.decoupled
 
     async def answer_in_order(
         self, request: oip.ModelInferRequest, before: asyncio.Task[None] | None

@@ -140,7 +140,7 @@ async def test_a_restart_serves_again_without_scheduler_and_registry(
         await objects.put(key_of(one.digest), right)
         await eventually(replica.agent.ready)
         assert labels(await replica.infer(ROW)) == [1]
-        beat = msgspec.json.decode(replica.agent.heartbeat())
+        beat = msgspec.json.decode(replica.agent.heartbeat([]))
         assert beat["running"] == [
             {"project": "default", "job": "serve-digits", "attempt": 1, "token": 1}
         ]

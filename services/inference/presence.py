@@ -1,0 +1,162 @@
+"""Where a model is served when not here alone: by other replicas, or by none until asked for.
+
+A request for a model that sleeps waits here, and the heartbeat says so at once; the scheduler
+places a replica, here or elsewhere, and the request goes on.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from time import monotonic, monotonic_ns
+
+import msgspec
+
+from libs.bus import Bus
+from libs.contracts.events import DeploymentUpdated
+from libs.doors import DeadlineExceeded, Exhausted, NotFound, Unavailable
+from services.inference.calls import Answer, Call
+from services.inference.endpoint import batching_of
+from services.inference.endpoints import Endpoints, Key
+from services.inference.forward import Forwarder
+from services.inference.peers import Peers, Told
+
+log = logging.getLogger(__name__)
+REPLICAS = "replicas.>"
+NS = 1e9
+WAKE_S = 60.0
+"""A request without a deadline waits no longer for a replica."""
+TRIES_MAX = 3
+"""Replicas that are asked, one after the other, when one has just gone."""
+MILLI = 1000
+Deployments = Mapping[Key, tuple[DeploymentUpdated, str]]
+
+
+class Presence:
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        forwarder: Forwarder,
+        deployments: Callable[[], Deployments],
+        call_out: Callable[[], None],
+    ) -> None:
+        self.endpoints = endpoints
+        self.forwarder = forwarder
+        self.deployments = deployments
+        self.call_out = call_out
+        """Says at once what the next heartbeat would."""
+        self.peers = Peers()
+        self.waiting: Counter[Key] = Counter()
+        self.changed = asyncio.Event()
+
+    def notify(self) -> None:
+        """Something is served now that was not."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    async def listen(self, bus: Bus, node: str) -> None:
+        async for subject, payload in bus.listen(REPLICAS):
+            try:
+                told = msgspec.json.decode(payload, type=Told)
+            except msgspec.DecodeError as error:
+                log.warning("%s: %s", subject, error)
+                continue
+            if told.node != node:
+                self.peers.heard(told, monotonic())
+                self.notify()
+
+    # --- what `Endpoints` asks
+
+    def serves(self, key: Key) -> bool:
+        return self.peers.least(key, monotonic()) is not None
+
+    def asleep(self) -> list[Key]:
+        deployments = self.deployments().items()
+        sleepers = [key for key, (deployment, _) in deployments if may_sleep(deployment)]
+        return [key for key in sleepers if not (self.is_here(key) or self.serves(key))]
+
+    def is_here(self, key: Key) -> bool:
+        """One that crashed too often is here too, and says so."""
+        endpoint = self.endpoints.by_key.get(key)
+        return endpoint is not None and bool(any(endpoint.route.values()) or endpoint.quarantined)
+
+    async def bring(self, key: Key, deadline_ns: int) -> None:
+        if self.is_here(key) or self.serves(key):
+            return
+        deployment, _ = self.deployments().get(key, (None, ""))
+        if deployment is None or not may_sleep(deployment):
+            return
+        most = batching_of(deployment).max_queue_size
+        if self.waiting[key] >= most:
+            raise Exhausted(f"{most} requests wait already for a replica of '{key[1]}'")
+        self.waiting[key] += 1
+        try:
+            self.call_out()
+            await self.until_served(key, deadline_ns)
+        finally:
+            self.waiting[key] -= 1
+            if not self.waiting[key]:
+                del self.waiting[key]
+
+    async def until_served(self, key: Key, deadline_ns: int) -> None:
+        left_s = (deadline_ns - monotonic_ns()) / NS if deadline_ns else WAKE_S
+        try:
+            async with asyncio.timeout(min(left_s, WAKE_S)):
+                while not (self.is_here(key) or self.serves(key)):
+                    await self.changed.wait()
+        except TimeoutError as error:
+            said = f"no replica of model '{key[1]}' was ready within {min(left_s, WAKE_S):.1f} s"
+            kind = DeadlineExceeded if left_s < WAKE_S else Unavailable
+            raise kind(f"{said}; one is asked for as long as somebody waits") from error
+
+    async def infer(self, key: Key, call: Call) -> Answer | None:
+        if call.forwarded:
+            return None
+        for _ in range(TRIES_MAX):
+            await self.bring(key, call.deadline_ns)
+            node = self.better(key, call)
+            if node is None:
+                return None
+            try:
+                return await self.send(node, key, call)
+            except (NotFound, Unavailable) as error:
+                if call.version and isinstance(error, NotFound):
+                    raise
+                log.warning("%s does not answer for '%s': %s", node, key[1], error)
+                self.peers.lost(node)
+        raise Unavailable(f"{TRIES_MAX} replicas of model '{key[1]}' did not answer")
+
+    def better(self, key: Key, call: Call) -> str | None:
+        """Who answers it instead of this replica.
+
+        The way there costs more than most models do: only what waits here behind a whole batch,
+        and there behind half as much, goes there. A sequence stays where it began.
+        """
+        now_s = monotonic()
+        if self.is_here(key):
+            least = None if "sequence_id" in call.parameters else self.peers.least(key, now_s)
+            if least is None:
+                return None
+            mine, batch = self.work(key)
+            return least[0] if mine > batch and mine > 2 * least[1] else None
+        if sequence := call.parameters.get("sequence_id"):
+            return self.peers.home(key, str(sequence), now_s)
+        found = self.peers.least(key, now_s)
+        return found[0] if found else None
+
+    def work(self, key: Key) -> tuple[int, int]:
+        """(waiting here, a whole batch), in thousandths of a request."""
+        served = self.endpoints.by_key[key].served.values()
+        waiting = sum(one.batcher.counts().waiting for one in served)
+        return waiting * MILLI, max((one.rows_max for one in served), default=0) * MILLI
+
+    async def send(self, node: str, key: Key, call: Call) -> Answer:
+        self.peers.sent[node, key] += 1
+        try:
+            return await self.forwarder.infer(self.peers.address(node), call)
+        finally:
+            self.peers.sent[node, key] -= 1
+
+
+def may_sleep(deployment: DeploymentUpdated) -> bool:
+    return bool(deployment.autoscaling) and not deployment.autoscaling.get("min_replicas", 1)
