@@ -9,6 +9,7 @@ Replayed on Philly's 1 to 14 October (docs/scheduler.md), the mean wait hardly d
 levels are: 123 to 128 s for seven sets of thresholds of 0.1 to 256 GPU hours.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable
 
 import msgspec
@@ -36,7 +37,7 @@ class Standing(msgspec.Struct, frozen=True):
 
 def level(attained_gpu_s: float) -> int:
     """0 for who got little, to `len(LEVELS_GPU_S)`."""
-    return sum(attained_gpu_s >= bound for bound in LEVELS_GPU_S)
+    return bisect_right(LEVELS_GPU_S, attained_gpu_s)
 
 
 def rank(job: Standing) -> int:

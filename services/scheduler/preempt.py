@@ -12,38 +12,58 @@ VICTIMS_MAX = 512
 """So many are looked at, those that give way most easily first."""
 
 
-def may_evict(book: Book, claim: Claim, victim: Job) -> bool:
-    """The one rule.
+class Head:
+    """The one rule: who may have others evicted, and whom.
 
     Of its own queue: what has a lower priority, or by levels of service, as the queue says. Of its
     cohort: what another queue runs on borrowed resources, as long as the claim's queue keeps
     within its own with it, and after the grace that its queue grants. Nobody gives way to a job
     that was evicted by the very stimulus that is being handled, nor what that has placed.
+
+    What does not depend on the victim is asked once: of hundreds of victims it is the same.
     """
-    head = claim.job
-    spec, placement = book.specs.get(head.request.queue), victim.placement
-    if spec is None or placement is None or victim.state not in LIVE:
-        return False
-    if not victim.request.preemptible or placement.token > book.token_before:
-        return False
-    if head.key in book.evicted:
-        return False
-    lower = placement.rank < book.rank(head)
-    if victim.request.queue == head.request.queue:
-        if spec.within_queue == "lower" and lower:
-            return True
-        same = victim.request.priority == head.request.priority
-        if spec.order != "attained" or not same:
+
+    def __init__(self, book: Book, claim: Claim) -> None:
+        job = claim.job
+        self.book, self.claim = book, claim
+        self.queue, self.priority = job.request.queue, job.request.priority
+        self.spec = book.specs.get(self.queue)
+        self.rank = book.rank(job)
+        self.standing = job.standing(book.now)
+        waited = book.now - job.waiting_since
+        self.reclaims = (
+            self.spec is not None
+            and bool(self.spec.cohort)
+            and self.spec.reclaim != "never"
+            and waited >= self.spec.grace_s
+            and book.quota.owns(self.queue, claim.amounts)
+        )
+
+    def may_evict(self, victim: Job) -> bool:
+        placement = victim.placement
+        if self.spec is None or placement is None or victim.state not in LIVE:
             return False
-        return levels.may_rotate(head.standing(book.now), victim.standing(book.now))
-    if spec.reclaim == "never" or (spec.reclaim == "lower" and not lower):
-        return False
-    other = book.specs.get(victim.request.queue)
-    if other is None or not spec.cohort or other.cohort != spec.cohort:
-        return False
-    owns = book.quota.owns(head.request.queue, claim.amounts)
-    waited = book.now - head.waiting_since
-    return owns and waited >= spec.grace_s and book.quota.borrows(other.queue, claim.amounts)
+        if not victim.request.preemptible or placement.token > self.book.token_before:
+            return False
+        if self.claim.job.key in self.book.evicted:
+            return False
+        if victim.request.queue == self.queue:
+            return self.may_pass(victim, placement.rank)
+        if not self.reclaims or (self.spec.reclaim == "lower" and placement.rank >= self.rank):
+            return False
+        other = self.book.specs.get(victim.request.queue)
+        if other is None or other.cohort != self.spec.cohort:
+            return False
+        return self.book.quota.borrows(other.queue, self.claim.amounts)
+
+    def may_pass(self, victim: Job, rank: int) -> bool:
+        """In its own queue."""
+        assert self.spec is not None
+        if self.spec.within_queue == "lower" and rank < self.rank:
+            return True
+        if self.spec.order != "attained" or victim.request.priority != self.priority:
+            return False
+        return levels.may_rotate(self.standing, victim.standing(self.book.now))
 
 
 def can_evict(book: Book, queue: str) -> bool:
@@ -59,10 +79,11 @@ def evictable(book: Book, claim: Claim) -> list[Job]:
     """In the order in which they give way; of another queue only as many as it has borrowed."""
     found: list[Job] = []
     given: dict[str, dict[str, int]] = {}
+    head = Head(book, claim)
     for job in in_order(book, claim):
         if len(found) == VICTIMS_MAX:
             break
-        if not may_evict(book, claim, job):
+        if not head.may_evict(job):
             continue
         queue = job.request.queue
         if queue != claim.job.request.queue:
