@@ -18,7 +18,7 @@ from services.inference import tensors
 from services.inference.calls import Answer, Call, Parameter
 from services.inference.classification import classes_of, classified
 from services.inference.endpoints import Endpoints
-from services.inference.protocol import RESERVED, empty_final_of
+from services.inference.protocol import RESERVED, Wish, empty_final_of
 from services.inference.server import Unsupported
 from services.inference.sharedmemory import SharedMemory, Window
 from services.inference.tensors import Array, Given
@@ -76,14 +76,6 @@ class Body(NamedTuple):
     payload: bytes
     header_length: int = 0
     """Of the JSON; 0 where nothing follows it."""
-
-
-class Wish(NamedTuple):
-    """How a client wants one output."""
-
-    binary: bool = False
-    classes: int = 0
-    window: Window | None = None
 
 
 class Exchange:
@@ -161,7 +153,7 @@ def given_of(request: InferRequest, binary: bytes, memory: SharedMemory) -> list
         window = memory.window(tensor.name, tensor.parameters)
         size = tensor.parameters.get(BINARY_SIZE)
         check_one_source(tensor, window, size)
-        raw = window.read() if window else None
+        raw = window.read(tensor.name, tensor.datatype, tensor.shape) if window else None
         if size is not None:
             raw = binary[position : position + checked(tensor.name, size, len(binary) - position)]
             position += len(raw)

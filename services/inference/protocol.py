@@ -34,6 +34,8 @@ class Wish(NamedTuple):
 
     classes: int = 0
     window: Window | None = None
+    binary: bool = False
+    """Behind the JSON; gRPC has no such choice."""
 
 
 class Wanted(NamedTuple):
@@ -125,8 +127,10 @@ def given_one(request: oip.ModelInferRequest, tensor: Any, memory: SharedMemory,
                 f"for '{tensor.name}' for model '{request.model_name}'"
             )
         return with_values(tensor, place)
-    buffer = window.read() if window else next(raw, None)
-    if buffer is None:
+    buffer: bytes | None
+    if window is not None:
+        buffer = window.read(tensor.name, tensor.datatype, tensor.shape)
+    elif (buffer := next(raw, None)) is None:
         raise Invalid(f"unable to find data for {place} in request.")
     return Given(tensor.name, tensor.datatype, tensor.shape, raw=buffer)
 

@@ -7,13 +7,14 @@ client may cut its file short at any time, and to touch a page that is gone kill
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import grpc
 
 from libs.doors import Exhausted, Internal, Invalid, NotFound, Refused
+from services.inference import tensors
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies
 KEY = re.compile(r"/?([^/\0]{1,254})")
@@ -52,7 +53,14 @@ class Window(NamedTuple):
     """From the region's start."""
     byte_size: int
 
-    def read(self) -> bytes:
+    def read(self, input: str, datatype: str, shape: Sequence[int]) -> bytes:
+        """As many bytes as such a tensor has: a whole region is not copied for a small one."""
+        size = tensors.size_of(datatype, shape)
+        if size not in (None, self.byte_size):
+            raise Invalid(
+                f"input byte size mismatch for input '{input}'. "
+                f"Expected {size}, got {self.byte_size}"
+            )
         raw = os.pread(self.region.handle, self.byte_size, self.region.offset + self.offset)
         if len(raw) < self.byte_size:
             raise Invalid(

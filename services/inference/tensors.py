@@ -268,6 +268,12 @@ def encoded_string(element: Any) -> bytes:
     return element if isinstance(element, bytes) else str(element).encode()
 
 
+def size_of(datatype: str, shape: Sequence[int]) -> int | None:
+    """In bytes; None where elements have no fixed size, or the datatype is none of ours."""
+    dtype = DTYPES.get(datatype)
+    return None if dtype is None or dtype.hasobject else math.prod(shape) * dtype.itemsize
+
+
 def bracketed(shape: Sequence[int]) -> str:
     return "[" + ",".join(map(str, shape)) + "]"
 

@@ -14,7 +14,6 @@ from libs.doors import Refused
 from services.inference import tensors
 from services.inference.bodies import (
     BINARY_ONLY,
-    Wish,
     body_of,
     given_of,
     parameters_of,
@@ -22,6 +21,7 @@ from services.inference.bodies import (
     wishes_of,
 )
 from services.inference.calls import Answer
+from services.inference.protocol import Wish
 from services.inference.sharedmemory import SharedMemory
 from services.inference.tensors import DTYPES, Given
 

@@ -275,7 +275,12 @@ async def test_tensors_lie_in_shared_memory(desk: Desk, file: Path) -> None:
     assert parameters["shared_memory_region"].string_param == "r"
     assert parameters["shared_memory_offset"].int64_param == 8
     window = desk.service.memory.within("r", 16, 0)
-    assert window.read() == row(0, 1, 0, 2)
+    assert window.read("y", "FP32", [4]) == row(0, 1, 0, 2)
+    said["shared_memory_byte_size"].int64_param = 16
+    assert await refused(desk.stub.ModelInfer(asked)) == (
+        "INVALID_ARGUMENT",
+        "input byte size mismatch for input 'x'. Expected 8, got 16",
+    )
     small = with_output(shared_memory_region="r", shared_memory_byte_size=4)
     assert await refused(desk.stub.ModelInfer(small)) == (
         "INTERNAL",

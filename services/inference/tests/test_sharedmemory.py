@@ -47,11 +47,22 @@ def test_what_is_another_programs_is_not_opened(name: str) -> None:
 def test_a_window_is_read_and_written_where_it_lies(memory: SharedMemory, file: Path) -> None:
     window = memory.window("x", PLACE)
     assert window is not None
-    assert window.read() == bytes([6, 7, 8, 9])
+    assert window.read("x", "UINT8", [4]) == bytes([6, 7, 8, 9])
+    assert window.read("x", "BYTES", [1]) == bytes([6, 7, 8, 9])
     window.write("x", b"abc")
     assert file.read_bytes() == bytes(range(6)) + b"abc" + bytes(range(9, 16))
     assert window.parameters(b"abc") == {**PLACE, "shared_memory_byte_size": 3}
     assert memory.window("x", {"binary_data": True}) is None
+
+
+@pytest.mark.parametrize(("datatype", "shape", "size"), [("FP32", [2], 8), ("INT8", [1, 3], 3)])
+def test_a_tensor_of_another_size_is_not_read(
+    memory: SharedMemory, datatype: str, shape: list[int], size: int
+) -> None:
+    window = memory.window("x", PLACE)
+    assert window is not None
+    with pytest.raises(Invalid, match=f"for input 'x'. Expected {size}, got 4"):
+        window.read("x", datatype, shape)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +158,7 @@ def test_who_holds_a_window_may_use_it_after_the_region_is_gone(memory: SharedMe
     window = memory.within("in", 2, 0)
     handle = window.region.handle
     memory.unregister("")
-    assert window.read() == bytes([4, 5])
+    assert window.read("x", "UINT8", [2]) == bytes([4, 5])
     del window
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(handle)
@@ -157,7 +168,7 @@ def test_a_file_cut_short_is_an_error_and_no_signal(memory: SharedMemory, file: 
     window = memory.within("in", 8, 0)
     os.truncate(file, 6)
     with pytest.raises(Invalid, match="holds 2 of the 8 bytes at offset 0: it was cut short"):
-        window.read()
+        window.read("x", "UINT8", [8])
     with pytest.raises(Invalid, match="was cut short"):
         window.write("x", b"12345678")
     assert file.stat().st_size == 6
