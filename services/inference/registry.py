@@ -41,4 +41,5 @@ def deployment_of(one: registry_pb2.Deployment) -> DeploymentUpdated:
         targets=[Target(t.number, t.percent, t.digest, t.traceparent) for t in one.targets],
         batching=msgspec.to_builtins(batching),
         request_log_percent=one.request_log_percent,
+        autoscaling=json_format.MessageToDict(one.autoscaling),
     )

@@ -190,6 +190,7 @@ def deployment_of(row: store.Row) -> pb.Deployment:
         request_log_percent=deployment.settings.request_log_percent,
         state=deployment.state,
         ready_generation=row["ready_generation"],
+        autoscaling=struct(row["settings"].get("autoscaling", {})),
     )
 
 

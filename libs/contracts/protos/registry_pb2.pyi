@@ -440,6 +440,7 @@ class Deployment(message.Message):
     REQUEST_LOG_PERCENT_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
     READY_GENERATION_FIELD_NUMBER: builtins.int
+    AUTOSCALING_FIELD_NUMBER: builtins.int
     project: builtins.str
     model: builtins.str
     generation: builtins.int
@@ -453,6 +454,10 @@ class Deployment(message.Message):
     def targets(self) -> containers.RepeatedCompositeFieldContainer[TrafficTarget]: ...
     @builtins.property
     def batching(self) -> struct_pb2.Struct: ...
+    @builtins.property
+    def autoscaling(self) -> struct_pb2.Struct:
+        """What scales it; empty: it has always so many replicas."""
+
     def __init__(
         self,
         *,
@@ -465,10 +470,11 @@ class Deployment(message.Message):
         request_log_percent: builtins.int = ...,
         state: builtins.str = ...,
         ready_generation: builtins.int = ...,
+        autoscaling: struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["batching", b"batching"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["autoscaling", b"autoscaling", "batching", b"batching"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["batching", b"batching", "generation", b"generation", "model", b"model", "project", b"project", "ready_generation", b"ready_generation", "replicas", b"replicas", "request_log_percent", b"request_log_percent", "state", b"state", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["autoscaling", b"autoscaling", "batching", b"batching", "generation", b"generation", "model", b"model", "project", b"project", "ready_generation", b"ready_generation", "replicas", b"replicas", "request_log_percent", b"request_log_percent", "state", b"state", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
