@@ -105,6 +105,8 @@ class Book:
         """Nodes that have more room than when lines were shut."""
         self.loosened: set[str] = set()
         """Queues that hold less."""
+        self.touched: set[Key] = set()
+        """Jobs that are not as they were when these were last written down, or gone."""
         self.changes = 0
         """Of nodes and of what is placed on them."""
 
@@ -136,6 +138,7 @@ class Book:
         change = JOB_MOVES.get((job.state, to))
         if change is None:
             raise Impossible(f"job {'/'.join(job.key)}: {job.state} -> {to}")
+        self.touched.add(job.key)
         before, job.state = job.state, to
         if before == WAITING:
             self.lines.left(job)
@@ -259,6 +262,7 @@ class Book:
         self.finished.append(job.key)
 
     def enqueue(self, job: Job) -> None:
+        self.touched.add(job.key)
         spec = self.specs.get(job.request.queue)
         line = self.lines.add(job, spec)
         if line.head is job and not job.attempt:
@@ -337,13 +341,16 @@ class Book:
             return None if spot is None else [spot]
         return self.pool.find_gang(ask.shape, ask.workers, ask.one_node)
 
+    def known_models(self) -> list[str]:
+        return sorted(model for model, nodes in self.models.items() if model and nodes)
+
     def claims(self, job: Job) -> Iterator[Claim]:
         """The ways to place it: one, or for each model of GPU if its queue counts them apart."""
         ask = job.ask
         if not ask.shape.gpus or not self.quota.flavors(job.request.queue):
             yield Claim(job, ask, amounts_of(ask, {}))
             return
-        for model in ask.shape.gpu_models or sorted(self.models):
+        for model in ask.shape.gpu_models or self.known_models():
             shape = msgspec.structs.replace(ask.shape, gpu_models=(model,))
             one = msgspec.structs.replace(ask, shape=shape)
             yield Claim(job, one, amounts_of(ask, {model: ask.workers}))

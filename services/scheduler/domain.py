@@ -218,7 +218,10 @@ class Scheduler(Fleet):
     def holder(self, about: AttemptStarted | AttemptSucceeded | AttemptFailed) -> Job | None:
         """The job, if this is its attempt in force; anything older is refused."""
         running = Running(about.project, about.job, about.attempt, about.token)
-        return self.jobs[about.project, about.job] if self.holds(about.node, running) else None
+        if not self.holds(about.node, running):
+            return None
+        self.touched.add((about.project, about.job))
+        return self.jobs[about.project, about.job]
 
     def why(self, job: Job) -> str:
         """Why it waits, or how it or its last attempt ended."""
@@ -241,7 +244,9 @@ class Scheduler(Fleet):
 
     def forget(self) -> None:
         while len(self.finished) > FINISHED_MAX:
-            del self.jobs[self.finished.popleft()]
+            key = self.finished.popleft()
+            self.touched.add(key)
+            del self.jobs[key]
 
     def take_up(self, job: Job) -> None:
         """A placement that a snapshot names; one that no node has room for any more is lost."""
@@ -291,8 +296,12 @@ def restore(state: State) -> Scheduler:
         scheduler.machines[node.node] = node.machine
         scheduler.pool.join(node.machine)
     placed = [job for job in state.jobs if job.placement is not None]
-    for job in sorted(placed, key=token_of):
+    # The newest is first in its queue, and last on its node: inserted in front of 100,000 each
+    # would move them all.
+    for job in sorted(placed, key=token_of, reverse=True):
         scheduler.take_up(job)
+    for name, held in scheduler.on_node.items():
+        scheduler.on_node[name] = dict(reversed(held.items()))
     for node in scheduler.nodes.values():
         scheduler.pool.open(node.node, node.state == HEALTHY)
     for job in state.jobs:
@@ -300,7 +309,7 @@ def restore(state: State) -> Scheduler:
             scheduler.enqueue(job)
     scheduler.lines.open.clear()
     scheduler.lines.may_evict.clear()
-    scheduler.validate()
+    scheduler.touched.clear()
     return scheduler
 
 

@@ -1,25 +1,46 @@
-"""The scheduler's log in Postgres: stimuli and snapshots.
+"""The scheduler's log in Postgres: stimuli, and checkpoints.
 
-The log is the state. A line holds the digest of what was decided on it, so that a replay
-that decides otherwise is found out instead of being believed.
+The log is the state; a checkpoint saves reading it from the beginning: the jobs that changed
+since the last one, a row each, and all else in one piece. It is written beside the decisions, on
+a connection of its own, and only on top of the one it was made on. A line of the log holds the
+digest of what was decided on it, so that a replay that decides otherwise is found out instead of
+being believed.
 """
 
+import gc
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import psycopg
+from psycopg.rows import DictRow
 
 from libs.contracts.events import Event
 from libs.database import Database, Transaction
 from services.scheduler.domain import Scheduler, State, restore
+from services.scheduler.jobs import Job, Key
 from services.scheduler.stimuli import Stimulus, decode
 
-SNAPSHOT_EVERY = 1000
+KEEP_EVERY = 2_000
+"""Lines between two checkpoints: a restart reads so many again, in 0.2 s."""
 LOG_KEPT = 100_000
-"""Lines kept behind the last snapshot, for whoever wants to know what happened."""
+"""Lines kept behind the last checkpoint, for whoever wants to know what happened."""
 APPEND = b"copy log (sequence, at, name, stimulus, decided) from stdin"
+REMEMBER = """
+    insert into job (project, job, number, state)
+    select * from unnest(%s::text[], %s::text[], %s::bigint[], %s::bytea[])
+    on conflict (project, job) do update set number = excluded.number, state = excluded.state
+"""
+FORGET = """
+    delete from job using unnest(%s::text[], %s::text[]) as gone (project, job)
+    where (job.project, job.job) = (gone.project, gone.job)
+"""
+CHECKPOINT = """
+    insert into checkpoint (sequence, state) values (%s, %s)
+    on conflict (single) do update set sequence = excluded.sequence, state = excluded.state
+"""
 LEADER = "leptonic.scheduler"
 """Name of the lock of the one who leads."""
 
@@ -35,6 +56,21 @@ MIGRATIONS = (
     create table snapshot (
         sequence bigint primary key,
         state bytea not null
+    );
+    """,
+    """
+    create table checkpoint (
+        single boolean primary key default true check (single),
+        sequence bigint not null,
+        state bytea not null
+    );
+    alter table checkpoint alter column state set storage external;
+    create table job (
+        project text not null,
+        job text not null,
+        number bigint not null,
+        state bytea not null,
+        primary key (project, job)
     );
     """,
 )
@@ -64,43 +100,125 @@ class Line(NamedTuple):
         return cls(scheduler.sequence, scheduler.now, name, payload, digest(decided))
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What changed between two checkpoints, taken at once and written while others decide."""
+
+    base: int | None
+    sequence: int
+    state: bytes
+    """Without jobs."""
+    jobs: list[tuple[str, str, int, bytes]]
+    """(project, job, number, state) of those that changed."""
+    touched: set[Key]
+
+
 class Store:
     def __init__(self, db: Database) -> None:
         self.db = db
+        self.base: int | None = None
+        """Where the checkpoint is that the next one changes; None where it replaces whatever is
+        there."""
 
     async def load(self) -> Scheduler:
-        """The last snapshot and what was logged since. Raises `Diverged`."""
-        async with self.db.transaction() as tx:
-            row = await tx.one("select state from snapshot order by sequence desc limit 1")
-            state = msgspec.json.decode(row["state"], type=State) if row else None
-            scheduler = restore(state) if state else Scheduler()
-            lines = await tx.all(
-                "select * from log where sequence > %s order by sequence", (scheduler.sequence,)
-            )
-        for line in lines:
-            decided = scheduler.handle(decode(line["name"], line["stimulus"]), line["at"])
-            if scheduler.sequence != line["sequence"] or digest(decided) != line["decided"]:
-                problem = f"at line {line['sequence']} ({line['name']}) it decides {decided}"
-                raise Diverged(f"the replay differs from the log: {problem}")
+        """The last checkpoint and what was logged since. Raises `Diverged`.
+
+        Without the garbage collector, which looks at 100,000 jobs again and again while they are
+        read: 2.0 s instead of 0.4.
+        """
+        gc.disable()
+        try:
+            async with self.db.transaction() as tx:
+                await tx.execute("set transaction isolation level repeatable read")
+                scheduler = await self.last(tx)
+                lines = await tx.all(
+                    "select * from log where sequence > %s order by sequence", (scheduler.sequence,)
+                )
+            for line in lines:
+                replay(scheduler, line)
+        finally:
+            gc.enable()
         return scheduler
 
-    async def append(self, tx: Transaction, scheduler: Scheduler, lines: Sequence[Line]) -> None:
-        """The lines of what `scheduler` has just handled. Raises `Overtaken`."""
+    async def last(self, tx: Transaction) -> Scheduler:
+        """As it was at the last checkpoint, or where an older release came to rest."""
+        row = await tx.one("select sequence, state from checkpoint")
+        whole = await tx.one(
+            "select state from snapshot where sequence > %s order by sequence desc limit 1",
+            (row["sequence"] if row else -1,),
+        )
+        self.base = row["sequence"] if row and not whole else None
+        if whole:
+            scheduler = restore(msgspec.json.decode(whole["state"], type=State))
+            scheduler.touched.update(scheduler.jobs)
+            return scheduler
+        if not row:
+            return Scheduler()
+        state = msgspec.json.decode(row["state"], type=State)
+        state.jobs = await self.jobs(tx)
+        return restore(state)
+
+    async def jobs(self, tx: Transaction) -> list[Job]:
+        """In the order of submission; one JSON array, made by the server."""
+        cursor = tx.connection.cursor(binary=True)
+        await cursor.execute(
+            "select string_agg(state, ','::bytea order by number) as jobs from job"
+        )
+        row = await cursor.fetchone()
+        assert row is not None
+        return msgspec.json.decode(b"[" + (row["jobs"] or b"") + b"]", type=list[Job])
+
+    async def append(self, tx: Transaction, lines: Sequence[Line]) -> None:
+        """What was handled. Raises `Overtaken`."""
         try:
             async with tx.connection.cursor() as cursor, cursor.copy(APPEND) as copy:
                 for line in lines:
                     await copy.write_row(line)
         except psycopg.errors.UniqueViolation as error:
             raise Overtaken(f"line {lines[0].sequence} is there already") from error
-        if lines[-1].sequence // SNAPSHOT_EVERY > (lines[0].sequence - 1) // SNAPSHOT_EVERY:
-            await self.keep(tx, scheduler)
 
-    async def keep(self, tx: Transaction, scheduler: Scheduler) -> None:
-        """A snapshot, in place of the last one."""
-        state = msgspec.json.encode(scheduler.snapshot())
-        await tx.execute("delete from snapshot")
-        await tx.execute("insert into snapshot values (%s, %s)", (scheduler.sequence, state))
-        await tx.execute("delete from log where sequence <= %s", (scheduler.sequence - LOG_KEPT,))
+    def cut(self, scheduler: Scheduler) -> Cut:
+        """Of a state that is committed. Costs 3 us a job that changed, and 1 us a node."""
+        touched, scheduler.touched = scheduler.touched, set()
+        changed = [scheduler.jobs[key] for key in touched if key in scheduler.jobs]
+        rows = [(*job.key, job.number, msgspec.json.encode(job)) for job in changed]
+        state = scheduler.snapshot()
+        state.jobs = []
+        whole = msgspec.json.encode(state)
+        return Cut(self.base, scheduler.sequence, whole, rows, touched)
+
+    async def keep(self, cut: Cut) -> None:
+        """Raises `Overtaken` when somebody else has kept what this one is no change of."""
+        async with self.db.transaction() as tx:
+            row = await tx.one("select sequence from checkpoint for update")
+            if cut.base is None:
+                await tx.execute("delete from job")
+            elif row is None or row["sequence"] != cut.base:
+                raise Overtaken(f"the checkpoint is not the one of line {cut.base}: {row}")
+            gone = cut.touched - {(project, job) for project, job, _, _ in cut.jobs}
+            await tx.execute(FORGET, columns(sorted(gone), 2))
+            await tx.execute(REMEMBER, columns(cut.jobs, 4))
+            await tx.execute(CHECKPOINT, (cut.sequence, cut.state))
+            await tx.execute("delete from log where sequence <= %s", (cut.sequence - LOG_KEPT,))
+        self.base = cut.sequence
+
+    async def rest(self, sequence: int, state: bytes) -> None:
+        """The whole state in one piece, for a release that knows of no checkpoints."""
+        async with self.db.transaction() as tx:
+            await tx.execute("delete from snapshot")
+            await tx.execute("insert into snapshot values (%s, %s)", (sequence, state))
+
+
+def columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    """Rows turned, for `unnest`."""
+    return [[row[column] for row in rows] for column in range(width)]
+
+
+def replay(scheduler: Scheduler, line: DictRow) -> None:
+    decided = scheduler.handle(decode(line["name"], line["stimulus"]), line["at"])
+    if scheduler.sequence != line["sequence"] or digest(decided) != line["decided"]:
+        problem = f"at line {line['sequence']} ({line['name']}) it decides {decided}"
+        raise Diverged(f"the replay differs from the log: {problem}")
 
 
 def digest(decided: list[Event]) -> str:

@@ -8,12 +8,15 @@ failed, and the state is read again from the log.
 """
 
 import asyncio
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 import psycopg
 from psycopg.rows import DictRow
 
@@ -26,8 +29,9 @@ from services.scheduler.book import Impossible
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import Executor, Order
 from services.scheduler.stimuli import Stimulus
-from services.scheduler.store import Line, Store
+from services.scheduler.store import KEEP_EVERY, Line, Store
 
+log = logging.getLogger(__name__)
 LEAD_WAIT_S = 15.0
 """Longer than a scheduler that is replaced answers what it was asked."""
 WAITING_MAX = 20_000
@@ -90,6 +94,12 @@ class Writer:
         self.waiting: deque[Asked] = deque()
         self.arrived = asyncio.Event()
         self.committed: Scheduler | None = None
+        self.kept = 0
+        """The line of the last checkpoint."""
+        self.keeping: asyncio.Task[None] | None = None
+        """A checkpoint that is being written."""
+        self.due_at = math.inf
+        """When the scheduler, as far as it is committed, wants to look again."""
         self.connection: psycopg.AsyncConnection[DictRow] | None = None
         """The one that holds the leader's lock: who has lost the lock can commit nothing."""
 
@@ -156,41 +166,68 @@ class Writer:
                     await self.settle([asked])
         else:
             self.committed = scheduler
+            self.due_at = scheduler.due_at
+            if scheduler.sequence - self.kept >= KEEP_EVERY and self.keeping is None:
+                self.keep(scheduler)
 
     async def state(self) -> Scheduler:
         if self.committed is None:
+            if self.keeping is not None:
+                await self.keeping
             self.committed = await self.store.load()
+            self.kept = self.store.base or 0
+            self.due_at = self.committed.due_at
         return self.committed
+
+    def keep(self, scheduler: Scheduler) -> None:
+        """A checkpoint of what is committed, written while others decide."""
+        cut = self.store.cut(scheduler)
+        self.kept = cut.sequence
+
+        async def write() -> None:
+            try:
+                await self.store.keep(cut)
+            except TRANSIENT as error:
+                log.warning("checkpoint: %s", error)
+                scheduler.touched |= cut.touched
+            finally:
+                self.keeping = None
+
+        self.keeping = asyncio.create_task(write())
 
     async def commit(self, scheduler: Scheduler, batch: list[Asked]) -> None:
         ids = [asked.event_id for asked in batch if asked.event_id]
         if ids:
             async with self.store.db.transaction(self.connection) as tx:
                 work = handle(scheduler, batch, await tx.first_times(ids))
-                await self.put(tx, scheduler, work)
+                await self.put(tx, work)
         else:
             work = handle(scheduler, batch, set())
             if work.lines:
                 async with self.store.db.transaction(self.connection) as tx:
-                    await self.put(tx, scheduler, work)
+                    await self.put(tx, work)
         for asked, answer in zip(batch, work.answers, strict=True):
             asked.give(answer)
         meters.count(work.waits)
 
-    async def put(self, tx: Transaction, scheduler: Scheduler, work: Work) -> None:
+    async def put(self, tx: Transaction, work: Work) -> None:
         if not work.lines:
             return
-        await self.store.append(tx, scheduler, work.lines)
+        await self.store.append(tx, work.lines)
         if work.orders:
             await self.executor.carry_out(tx, work.orders)
         if work.news:
             await tx.emit_all(work.news)
 
     async def rest(self) -> None:
-        """Snapshots, so that a newer release has nothing of ours to replay."""
-        scheduler = await self.read(lambda scheduler: scheduler)
-        async with self.store.db.transaction() as tx:
-            await self.store.keep(tx, scheduler)
+        """A checkpoint, so that a newer release has nothing of ours to replay."""
+        if self.keeping is not None:
+            await self.keeping
+        cut, state = await self.read(
+            lambda now: (self.store.cut(now), msgspec.json.encode(now.snapshot()))
+        )
+        await self.store.keep(cut)
+        await self.store.rest(cut.sequence, state)
 
 
 def fail(batch: Sequence[Asked], error: Exception) -> None:

@@ -2,18 +2,27 @@
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import msgspec
 import pytest
 
-from libs.contracts.events import JobRequested, Resources
+from libs.contracts.events import (
+    AttemptFailed,
+    AttemptStarted,
+    AttemptSucceeded,
+    JobCancelled,
+    JobRequested,
+    Resources,
+)
 from libs.database import TRANSIENT, Database, Transaction, connect
 from libs.doors import NotFound
-from services.scheduler import store
+from services.scheduler import domain, store
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor, Order
-from services.scheduler.stimuli import Heartbeat, JobSubmitted, Tick
+from services.scheduler.stimuli import Heartbeat, JobSubmitted, Stimulus, Tick
 from services.scheduler.store import Diverged, Overtaken, Store
 from services.scheduler.writer import Overloaded, Standby, Writer
 from stack.testing import eventually
@@ -213,17 +222,77 @@ async def test_a_restart_reads_snapshot_and_log(db: Database) -> None:
     assert loaded.sequence == 4
 
 
-async def test_a_snapshot_replaces_the_lines_before_it(db: Database) -> None:
+async def test_a_checkpoint_and_the_lines_after_it_are_the_state(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs that come, start, end, are forgotten and come again, and checkpoints in between."""
+    monkeypatch.setattr(domain, "FINISHED_MAX", 5)
+    monkeypatch.setattr("services.scheduler.writer.KEEP_EVERY", 7)
+    monkeypatch.setattr(store, "LOG_KEPT", 20)
+    chance = random.Random(11)
+    bases = set()
     async with leading(db) as writer:
-        scheduler = await writer.read(lambda scheduler: scheduler)
-        scheduler.sequence = store.SNAPSHOT_EVERY - 2
+        for step in range(200):
+            stimulus = await writer.read(lambda now: happening(now, chance))
+            await writer.take(stimulus)
+            if writer.keeping is not None and chance.random() < 0.8:
+                await writer.keeping
+            if step % 10 == 0:
+                loaded = await Store(db).load()
+                loaded.validate()
+                assert state_of(loaded) == await writer.read(state_of)
+                bases.add(writer.store.base)
+    assert len(bases) > 5
+    assert await count(db, "log") < 40
+
+
+def happening(now: Scheduler, chance: random.Random) -> Stimulus:
+    """Something that may happen next."""
+    placed = [one for one in now.jobs.values() if one.placement is not None]
+    what = chance.randrange(6)
+    if what == 0:
+        return Heartbeat("n", str(chance.randrange(2)), ["train"], Resources(4000, 4000))
+    if what == 1:
+        return JobCancelled(project="p", job=f"j{chance.randrange(30)}")
+    if what == 2 or not placed:
+        return job(f"j{chance.randrange(30)}")
+    one = chance.choice(placed)
+    about: dict[str, Any] = {"project": "p", "job": one.request.job, "attempt": one.live.attempt}
+    about |= {"token": one.live.token, "node": "n"}
+    match what:
+        case 3:
+            return AttemptStarted(**about)
+        case 4:
+            return AttemptSucceeded(**about, result={"rows": 3})
+    return AttemptFailed(**about, reason="x", retryable=chance.random() < 0.5)
+
+
+async def test_a_checkpoint_on_top_of_another_is_refused(db: Database) -> None:
+    async with leading(db) as first, leading(db) as second:
+        await first.take(job("a"))
+        await first.rest()
+        assert await scheduled(second) == [("a", "waiting")]
+        await first.take(job("b"))
+        await first.rest()
+        with pytest.raises(Overtaken, match="not the one of line 1"):
+            await second.rest()
+    assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b"]
+
+
+async def test_where_an_older_release_came_to_rest_is_read(db: Database) -> None:
+    async with leading(db) as writer:
         await writer.take(job("a"))
-        assert await count(db, "snapshot") == 0
-        await writer.take(job("b"))
-        assert await count(db, "snapshot") == 1
-        scheduler.sequence += store.LOG_KEPT
         await writer.rest()
-    assert await count(db, "log") == 0
+        await writer.take(job("b"))
+        newer = await writer.read(lambda now: (now.sequence, msgspec.json.encode(now.snapshot())))
+    await Store(db).rest(*newer)
+    async with db.transaction() as tx:
+        await tx.execute("delete from log")
+    async with leading(db) as writer:
+        assert await scheduled(writer) == [("a", "waiting"), ("b", "waiting")]
+        await writer.rest()
+    async with db.transaction() as tx:
+        await tx.execute("delete from snapshot")
     assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b"]
 
 
