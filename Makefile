@@ -24,7 +24,7 @@ check: setup ## format, lint, types, import rules, style, documentation
 
 # Three files at a time on any machine: most tests wait for a server or a process.
 test: check ## check, then every test
-	@$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(PYTHON) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-resilience: setup ## every service replaced under load, faults, two Ray nodes, two releases on one schema
 	@$(PYTHON) -m pytest -m "resilience and not compose"

@@ -17,7 +17,12 @@ trace.set_tracer_provider(TracerProvider(id_generator=ChosenIds()))
 pytest_plugins = ["stack.testing"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: where files are shared out, none of those is left to the end."""
+    """Where tests are shared out a file stays whole, and those that start stacks or Ray run one after
+    the other: three starts at once on two busy cores took more than the 60 s a start may take."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        group = "slow" if item.path in slow else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
