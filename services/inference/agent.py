@@ -128,6 +128,7 @@ class Agent:
             self.called_out.clear()
             loads = self.loads.look(self.presence.waiting, monotonic_ns())
             await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat(loads))
+            self.presence.share(loads)
             told = Told(self.node.name, self.node.address, loads)
             await self.bus.broadcast(f"replicas.{self.node.name}", msgspec.json.encode(told))
             with contextlib.suppress(TimeoutError):

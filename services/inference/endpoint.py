@@ -36,6 +36,8 @@ class Endpoint:
         self.served: dict[str, Served] = {}
         self.origins: dict[str, Origin] = {}
         self.route: dict[str, int] = {}
+        self.shared = False
+        """Other replicas help: the front hands its requests over instead of answering them."""
         self.position = 0
         self.crashes: dict[str, Crashes] = {}
         self.quarantined: dict[str, str] = {}
@@ -96,7 +98,16 @@ class Endpoint:
 
     def publish(self) -> None:
         batchers: dict[str, Batcher] = {v: one.batcher for v, one in self.served.items()}
-        self.front.route(self.name, self.route, batchers)
+        shares = self.route
+        if self.shared:
+            shares, batchers = {}, {}
+        self.front.route(self.name, shares, batchers)
+
+    def share(self, shared: bool) -> None:
+        """From the next request on."""
+        if shared != self.shared:
+            self.shared = shared
+            self.publish()
 
     async def unload(self, version: str) -> None:
         """Whoever else unloads it at the same moment waits for nothing."""

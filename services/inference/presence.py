@@ -7,7 +7,7 @@ places a replica, here or elsewhere, and the request goes on.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 
 import msgspec
@@ -19,6 +19,7 @@ from services.inference.calls import Answer, Call
 from services.inference.endpoint import batching_of
 from services.inference.endpoints import Endpoints, Key
 from services.inference.forward import Forwarder
+from services.inference.loads import Load
 from services.inference.peers import Peers, Told
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ WAKE_S = 60.0
 """A request without a deadline waits no longer for a replica."""
 TRIES_MAX = 3
 """Replicas that are asked, one after the other, when one has just gone."""
+SHARED_MS = 20
+"""What takes longer here is worth the way through Python to another replica: some 2 ms."""
 MILLI = 1000
 Deployments = Mapping[Key, tuple[DeploymentUpdated, str]]
 
@@ -149,6 +152,22 @@ class Presence:
         served = self.endpoints.by_key[key].served.values()
         waiting = sum(one.batcher.counts().waiting for one in served)
         return waiting * MILLI, max((one.rows_max for one in served), default=0) * MILLI
+
+    def share(self, loads: Iterable[Load]) -> None:
+        """What is slow here while others have time is looked at request by request from now on,
+        which the front alone cannot; until there is no more to do here than a batch."""
+        now_s = monotonic()
+        for load in loads:
+            key = load.project, load.model
+            endpoint = self.endpoints.by_key.get(key)
+            if endpoint is None:
+                continue
+            least = self.peers.least(key, now_s)
+            mine, (_, batch) = load.concurrency_milli, self.work(key)
+            if least is None or mine <= batch:
+                endpoint.share(False)
+            elif load.p95_ms >= SHARED_MS and mine > 2 * least[1] + batch:
+                endpoint.share(True)
 
     async def send(self, node: str, key: Key, call: Call) -> Answer:
         self.peers.sent[node, key] += 1

@@ -13,7 +13,7 @@ import pytest
 from libs.contracts.events import DeploymentUpdated
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
-from services.inference import presence
+from services.inference import native, presence
 from services.inference.bodies import Exchange
 from services.inference.endpoints import Key
 from services.inference.forward import Forwarder
@@ -270,3 +270,35 @@ def answered(where: Replica) -> int:
 
 def ready(name: str) -> Any:
     return oip.ModelReadyRequest(name=name)
+
+
+@pytest.mark.parametrize("kind", ["native", "python"])
+async def test_the_front_hands_over_what_others_have_time_for(kind: str, two: Replica) -> None:
+    if kind == "native" and not native.available():
+        pytest.skip("leptonic_native is not built: make native")
+    release = threading.Event()
+    async with opened(kind=kind) as desk:
+        one = Replica("one", desk)
+        await one.serve("double", gated(release))
+        await two.serve("double", double())
+        served = desk.endpoints.served("double", "")
+        served.configure(Batching(max_batch_size=8, max_queue_size=100), 0)
+        one.hear(two, Load(*KEY, 1000))
+        asking = [asyncio.ensure_future(desk.stub.ModelInfer(ASKED)) for _ in range(40)]
+        await eventually(lambda: served.counts().waiting > 8)
+        assert answered(two) == 0, "the front answers by itself"
+        endpoint = desk.endpoints.find("double")
+        for milli, p95_ms in ((10_000, 500), (40_000, 10)):
+            one.presence.share([Load(*KEY, milli, p95_ms)])
+            assert not endpoint.shared, "not much more to do than there, or soon done"
+        one.presence.share([Load(*KEY, 40_000, 500)])
+        assert numbers(await desk.stub.ModelInfer(ASKED)) == [2, 4]
+        assert answered(two) == 1
+        one.presence.share([Load(*KEY, 8001, 10)])
+        assert endpoint.shared, "it may go to and fro no faster than the line empties"
+        one.presence.share([Load(*KEY, 8000, 500)])
+        asking.append(asyncio.ensure_future(desk.stub.ModelInfer(ASKED)))
+        release.set()
+        await asyncio.gather(*asking)
+        assert (answered(one), answered(two)) == (41, 1)
+        await one.presence.forwarder.close()
