@@ -19,8 +19,8 @@ pytest_plugins = ["stack.testing"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are shared out a file stays whole, and those that start stacks or Ray run one after
-    the other: three starts at once on two busy cores took more than the 60 s a start may take."""
+    """Where tests are shared out a file stays whole, and those that start stacks or Ray run one
+    after the other: three at once on two busy cores took more than the 60 s a start may take."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     for item in items:
