@@ -63,7 +63,7 @@ FRONT = Extension(
 PLACEMENT = Extension(
     "leptonic_placement",
     (HERE / "placement_module.cpp",),
-    (HERE / "placement.cpp", HERE / "placement_cells.cpp"),
+    (HERE / "placement.cpp", HERE / "placement_scores.cpp"),
 )
 EXTENSIONS = {one.name: one for one in (PLACEMENT, FRONT)}
 

@@ -8,7 +8,7 @@ namespace leptonic::placement {
 namespace {
 
 constexpr uint64_t kFirst = uint64_t(1) << 63, kGap = uint64_t(1) << 32;
-constexpr size_t kCellsMax = 1 << 16;
+constexpr int64_t kLeftMax = 1 << 16;  // more than the milli of a node's GPUs
 // Scores kept: 256 MB, which is 128 shapes for 131,072 nodes.
 constexpr size_t kScoresMax = size_t(1) << 24, kRowsMax = 4096;
 constexpr size_t kAhead = 8;  // lines of the log whose nodes are on their way
@@ -50,7 +50,7 @@ uint32_t Pool::join(const std::string& name, const Kind& kind) {
   Node& node = nodes_[number];
   node = Node{};
   node.is_there = true;
-  node.kind = cells_.kind(kind);
+  node.kind = known_.kind(kind);
   node.cpu_milli = kind.cpu_milli;
   node.memory_mib = kind.memory_mib;
   node.gpus.assign(static_cast<size_t>(kind.gpus), kGpuMilli);
@@ -62,7 +62,7 @@ uint32_t Pool::join(const std::string& name, const Kind& kind) {
   else if (!below) node.order = above - std::min(kGap, above / 2);
   else node.order = below + (above - below) / 2;
   if (node.order == below || node.order == above) spread_orders();
-  opened_.resize(cells_.kinds());
+  opened_.resize(known_.kinds());
   settle(number);
   return number;
 }
@@ -71,9 +71,9 @@ void Pool::leave(const std::string& name) {
   auto at = names_.find(name);
   require(at != names_.end(), name + " is not there");
   Node& node = nodes_[at->second];
-  const Kind& kind = cells_.of(node.kind);
+  const Kind& kind = known_.of(node.kind);
   bool is_empty = node.cpu_milli == kind.cpu_milli && node.memory_mib == kind.memory_mib &&
-                  cells_[node.cell].total == kind.gpus * kGpuMilli;
+                  node.whole == kind.gpus;
   require(is_empty, name + " holds work");
   if (node.is_open) --opened_[node.kind];
   node.is_there = node.is_open = false;
@@ -85,15 +85,15 @@ void Pool::leave(const std::string& name) {
 void Pool::change(uint32_t number, const Kind& kind) {
   this->node(number);
   Node& node = nodes_[number];
-  const Kind& old = cells_.of(node.kind);
+  const Kind& old = known_.of(node.kind);
   int64_t cpu_milli = node.cpu_milli + kind.cpu_milli - old.cpu_milli;
   int64_t memory_mib = node.memory_mib + kind.memory_mib - old.memory_mib;
   require(cpu_milli >= 0 && memory_mib >= 0, "a node shrinks below what it holds");
   for (size_t i = static_cast<size_t>(kind.gpus); i < node.gpus.size(); ++i)
     require(node.gpus[i] == kGpuMilli, "a node loses a GPU that is taken");
   if (node.is_open) --opened_[node.kind];
-  node.kind = cells_.kind(kind);
-  opened_.resize(cells_.kinds());
+  node.kind = known_.kind(kind);
+  opened_.resize(known_.kinds());
   if (node.is_open) ++opened_[node.kind];
   node.cpu_milli = cpu_milli;
   node.memory_mib = memory_mib;
@@ -114,7 +114,7 @@ void Pool::move(uint32_t shape, uint32_t number, const std::vector<int>& gpus, i
   this->node(number);
   Node& node = nodes_[number];
   const Shape& one = shapes_.at(shape);
-  const Kind& kind = cells_.of(node.kind);
+  const Kind& kind = known_.of(node.kind);
   int64_t cpu_milli = node.cpu_milli - sign * one.cpu_milli;
   int64_t memory_mib = node.memory_mib - sign * one.memory_mib;
   require(cpu_milli >= 0 && cpu_milli <= kind.cpu_milli, "more CPU than there is");
@@ -141,19 +141,10 @@ void Pool::move(uint32_t shape, uint32_t number, const std::vector<int>& gpus, i
   settle(number);
 }
 
-// Its cell follows what is free.
+// What is kept of a node beside what is free.
 void Pool::settle(uint32_t number) {
-  if (cells_.size() > std::max(kCellsMax, 2 * nodes_.size())) {
-    cells_.forget();
-    for (Node& node : nodes_)
-      if (node.is_there) node.cell = cells_.intern(node.kind, node.gpus);
-  }
-  Node& node = nodes_[number];
-  node.cell = cells_.intern(node.kind, node.gpus);
-  const Cell& cell = cells_[node.cell];
-  node.whole = static_cast<int16_t>(cell.whole);
-  node.most = cell.levels.empty() ? int16_t(0) : cell.levels.back();
-  node.value = value(node.cell, node.cpu_milli, node.memory_mib);
+  nodes_[number].count_gpus();
+  nodes_[number].value = value(nodes_[number]);
   note(number);
 }
 
@@ -203,25 +194,25 @@ void Pool::forget_shapes() {
 void Pool::learn(const std::vector<std::pair<uint32_t, int64_t>>& typical, std::vector<int64_t> steps) {
   std::vector<Typical> known;
   for (auto& [shape, weight] : typical) known.push_back({shapes_.at(shape), weight});
-  cells_.learn(std::move(known), std::move(steps));
+  known_.learn(std::move(known), std::move(steps));
   value_all();
 }
 
 void Pool::price(Prices prices) {
-  cells_.price(std::move(prices));
+  known_.price(std::move(prices));
   value_all();
 }
 
 // All that is known of the nodes is known no more.
 void Pool::value_all() {
   for (Node& node : nodes_)
-    if (node.is_there) node.value = value(node.cell, node.cpu_milli, node.memory_mib);
+    if (node.is_there) node.value = value(node);
   for (auto& [_, row] : rows_) row->read = SIZE_MAX;
 }
 
-int64_t Pool::value(uint32_t cell, int64_t cpu_milli, int64_t memory_mib) {
-  if (policy_ == Policy::kFgd) return cells_.fragment(cell, cpu_milli);
-  return policy_ == Policy::kPriced ? cells_.worth(cell, cpu_milli, memory_mib) : 0;
+int64_t Pool::value(const Node& node) const {
+  if (policy_ == Policy::kFgd) return known_.fragment(node);
+  return policy_ == Policy::kPriced ? known_.worth(node) : 0;
 }
 
 Pool::Row& Pool::row(uint32_t shape) {
@@ -230,13 +221,12 @@ Pool::Row& Pool::row(uint32_t shape) {
     if (rows_.size() >= std::clamp<size_t>(kScoresMax / nodes_.size(), 16, kRowsMax)) drop_oldest_row();
     at = rows_.emplace(shape, std::make_unique<Row>()).first;
     at->second->shape = shape;
-    at->second->need = cells_.need(shapes_.at(shape));
   }
   Row& row = *at->second;
   row.asked = ++asked_;
   auto& admitted = admitted_[shape];
-  for (size_t kind = admitted.size(); kind < cells_.kinds(); ++kind)
-    admitted.push_back(cells_.of(static_cast<uint32_t>(kind)).admits(shapes_[shape]));
+  for (size_t kind = admitted.size(); kind < known_.kinds(); ++kind)
+    admitted.push_back(known_.of(static_cast<uint32_t>(kind)).admits(shapes_[shape]));
   // A lot is drawn for every placement, so nothing can be kept of them.
   bool is_old = row.read == SIZE_MAX || log_.size() - row.read > nodes_.size() / 2;
   if (is_old || policy_ == Policy::kRandom) make(row);
@@ -303,47 +293,52 @@ bool Pool::fits(const Row& row, const Node& node) const {
   return shape.is_part() ? node.most >= shape.gpu_milli : node.whole >= shape.gpus;
 }
 
-int64_t Pool::evaluate(const Row& row, uint32_t number) {
+int64_t Pool::evaluate(const Row& row, uint32_t number) const {
   const Node& node = nodes_[number];
   if (!fits(row, node)) return kNone;
   const Shape& shape = shapes_[row.shape];
   switch (policy_) {
     case Policy::kRandom: return static_cast<int64_t>(mixed(mixed(lots_) ^ node.lot) >> 1);
     case Policy::kDotProduct: return dot_product(node, shape).first;
-    case Policy::kClustering: return clustering(node, cells_[node.cell], shape);
-    case Policy::kPacking: return packing(cells_[node.cell], shape);
-    case Policy::kBestFit: return best_fit(node, cells_[node.cell], shape);
-    case Policy::kFgd: return cells_.fgd(node, shape, row.need);
-    case Policy::kPriced: return cells_.priced(node, shape, row.need);
+    case Policy::kClustering: return clustering(node, shape);
+    case Policy::kPacking: return packing(node, shape);
+    case Policy::kBestFit: return best_fit(node, shape);
+    case Policy::kFgd: return known_.score(node.value - known_.fragment_after(node, shape));
+    case Policy::kPriced: {
+      int64_t left = node.total - int64_t(shape.gpus) * shape.gpu_milli;
+      return -Known::lost(node.value - known_.worth_after(node, shape)) * kLeftMax - left;
+    }
   }
   throw Broken("no such policy");
 }
 
 // --- decisions
 
-std::vector<int> Pool::choose(const Node& node, const Shape& shape) {
+std::vector<int> Pool::choose(const Node& node, const Shape& shape) const {
   if (policy_ == Policy::kDotProduct) return dot_product(node, shape).second;
   if ((policy_ == Policy::kFgd || policy_ == Policy::kPriced) && shape.is_part()) return choose_part(node, shape);
   return tightest(node.gpus, shape);
 }
 
 // Of those with the best score the tightest, then the first.
-std::vector<int> Pool::choose_part(const Node& node, const Shape& shape) {
-  int64_t before = value(cells_.intern(node.kind, node.gpus), node.cpu_milli, node.memory_mib);
-  int64_t cpu_milli = node.cpu_milli - shape.cpu_milli, memory_mib = node.memory_mib - shape.memory_mib;
+std::vector<int> Pool::choose_part(const Node& node, const Shape& shape) const {
   int64_t best = kNone;
   int chosen = -1;
+  Node after = node;
+  after.cpu_milli -= shape.cpu_milli;
+  after.memory_mib -= shape.memory_mib;
   for (size_t i = 0; i < node.gpus.size(); ++i) {
-    auto at = node.gpus.begin() + static_cast<long>(i);
-    if (*at < shape.gpu_milli || std::find(node.gpus.begin(), at, *at) != at) continue;
-    Levels left = node.gpus;
-    left[i] = static_cast<int16_t>(left[i] - shape.gpu_milli);
-    int64_t after = value(cells_.intern(node.kind, left), cpu_milli, memory_mib);
-    int64_t score = policy_ == Policy::kFgd ? cells_.score(before - after) : -Cells::lost(before - after);
-    if (score > best || (score == best && *at < node.gpus[static_cast<size_t>(chosen)])) {
+    int16_t left = node.gpus[i];
+    if (left < shape.gpu_milli) continue;
+    after.gpus[i] = static_cast<int16_t>(left - shape.gpu_milli);
+    after.count_gpus();
+    int64_t gone = value(node) - value(after);
+    int64_t score = policy_ == Policy::kFgd ? known_.score(gone) : -Known::lost(gone);
+    if (score > best || (score == best && left < node.gpus[static_cast<size_t>(chosen)])) {
       best = score;
       chosen = static_cast<int>(i);
     }
+    after.gpus[i] = left;
   }
   return {chosen};
 }
@@ -358,11 +353,14 @@ std::optional<Spot> Pool::find(uint32_t shape) {
 bool Pool::fits_empty(uint32_t shape, int64_t workers, bool one_node) const {
   const Shape& one = shapes_.at(shape);
   int64_t all = 0;
-  for (size_t i = 0; i < cells_.kinds(); ++i) {
-    const Kind& kind = cells_.of(static_cast<uint32_t>(i));
+  for (size_t i = 0; i < known_.kinds(); ++i) {
+    const Kind& kind = known_.of(static_cast<uint32_t>(i));
     if (!opened_[i] || !kind.admits(one)) continue;
-    Cell empty{static_cast<uint32_t>(i), Levels(static_cast<size_t>(kind.gpus), kGpuMilli)};
-    int64_t room = empty.room(one, kind.cpu_milli, kind.memory_mib);
+    Node empty;
+    empty.cpu_milli = kind.cpu_milli;
+    empty.memory_mib = kind.memory_mib;
+    empty.gpus.assign(static_cast<size_t>(kind.gpus), kGpuMilli);
+    int64_t room = empty.room(one);
     all = one_node ? std::max(all, room) : all + room * opened_[i];
   }
   return all >= workers;
@@ -379,8 +377,7 @@ std::vector<Pool::Room> Pool::rooms(uint32_t shape, int64_t least) {
   std::vector<Room> found;
   for (uint32_t i = 0; i < row.score.size(); ++i) {
     if (row.score[i] == kNone) continue;
-    const Node& node = nodes_[i];
-    int64_t workers = cells_[node.cell].room(shapes_[shape], node.cpu_milli, node.memory_mib);
+    int64_t workers = nodes_[i].room(shapes_[shape]);
     if (workers >= least) found.push_back({workers, row.score[i], i});
   }
   return found;
@@ -409,13 +406,14 @@ std::optional<std::vector<Spot>> Pool::find_together(uint32_t number, int64_t wo
   return spots;
 }
 
-void Pool::fill(uint32_t number, const Shape& shape, int64_t workers, std::vector<Spot>& spots) {
+void Pool::fill(uint32_t number, const Shape& shape, int64_t workers, std::vector<Spot>& spots) const {
   Node node = nodes_[number];
   for (int64_t i = 0; i < workers; ++i) {
     spots.push_back({number, choose(node, shape)});
     for (int gpu : spots.back().gpus) node.gpus[static_cast<size_t>(gpu)] -= static_cast<int16_t>(shape.gpu_milli);
     node.cpu_milli -= shape.cpu_milli;
     node.memory_mib -= shape.memory_mib;
+    node.count_gpus();
   }
 }
 

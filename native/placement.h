@@ -14,7 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "placement_cells.h"
+#include "placement_scores.h"
 
 namespace leptonic::placement {
 
@@ -55,7 +55,6 @@ class Pool {
  private:
   struct Row {
     uint32_t shape;
-    uint32_t need;
     std::vector<int64_t> score;  // by node
     std::vector<uint32_t> best;  // a heap: of each pair the better node
     size_t read = SIZE_MAX;      // of the log; SIZE_MAX for a row that is to be made anew
@@ -78,20 +77,20 @@ class Pool {
   void catch_up(Row& row);
   bool is_better(const Row& row, uint32_t left, uint32_t right) const;
   void replay(Row& row, uint32_t node) const;
-  int64_t evaluate(const Row& row, uint32_t node);
+  int64_t evaluate(const Row& row, uint32_t node) const;
   bool fits(const Row& row, const Node& node) const;
-  std::vector<int> choose(const Node& node, const Shape& shape);
-  int64_t value(uint32_t cell, int64_t cpu_milli, int64_t memory_mib);
+  std::vector<int> choose(const Node& node, const Shape& shape) const;
+  int64_t value(const Node& node) const;
   void value_all();
-  std::vector<int> choose_part(const Node& node, const Shape& shape);
+  std::vector<int> choose_part(const Node& node, const Shape& shape) const;
   std::optional<std::vector<Spot>> find_together(uint32_t shape, int64_t workers);
   std::optional<std::vector<Spot>> find_spread(uint32_t shape, int64_t workers);
-  void fill(uint32_t node, const Shape& shape, int64_t workers, std::vector<Spot>& spots);
+  void fill(uint32_t node, const Shape& shape, int64_t workers, std::vector<Spot>& spots) const;
   std::vector<Room> rooms(uint32_t shape, int64_t least);
 
   Policy policy_;
   uint64_t lots_;
-  Cells cells_;
+  Known known_;
   std::vector<Node> nodes_;
   std::vector<int64_t> opened_;  // open nodes by kind
   std::vector<uint32_t> gone_;
