@@ -59,7 +59,7 @@ bench: setup ## measurements, as ratios in one run
 conformance: setup ## clients nobody here wrote: TRITON_EXAMPLES=a checkout of Triton's client repository
 	@$(PYTHON) -m tests.conformance.run
 
-bench-peers: setup ## the inference service and its peers: ONLY=triton-cpp,ours SECONDS=2 RUNS=5 MODELS=mlp AGAIN=1
+bench-peers: setup ## the inference service and its peers: ONLY=triton-cpp,ours SECONDS=1 RUNS=5 MODELS=mlp AGAIN=1
 	@ONLY=$(ONLY) SECONDS_EACH=$(SECONDS) RUNS=$(RUNS) MODELS=$(MODELS) AGAIN=$(AGAIN) $(PYTHON) -m bench.peers
 
 generate: setup ## gRPC code from the protos

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bench.peers import load, peers, table
+from bench.peers.__main__ import Plan, Run, begun
 from bench.peers.rounds import Record
 
 PRINTED = """
@@ -75,3 +77,19 @@ def test_an_unknown_peer_is_refused_with_the_known_ones() -> None:
 
 def record(server: str, rates: dict[str, float]) -> Record:
     return Record(round=0, server=server, names=["mlp"], rates=rates)
+
+
+@pytest.mark.parametrize(
+    ("commit", "again", "kept"),
+    [("a", False, ["triton-cpp", "ours"]), ("b", False, ["triton-cpp"]), ("a", True, [])],
+)
+def test_a_run_that_was_stopped_goes_on_where_it_still_counts(
+    tmp_path: Path, commit: str, again: bool, kept: list[str]
+) -> None:
+    plan = Plan("", ["mlp"], 1.0, 5)
+    failed = Record(round=0, server="kserve", names=["mlp"], failed="not ready")
+    records = [record("triton-cpp", {"mlp c64": 10.0}), record("ours", {}), failed]
+    state = tmp_path / "run.json"
+    state.write_bytes(msgspec.json.encode(Run(plan, "a", records, 0.0)))
+    assert [one.server for one in begun(state, plan, commit, again).records] == kept
+    assert begun(state, msgspec.structs.replace(plan, runs=6), commit, again).records == []

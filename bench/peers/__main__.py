@@ -1,13 +1,15 @@
 """`make bench-peers`: every server on one core, the client on the other, turn by turn.
 
-ONLY=triton-cpp,ours SECONDS=2 RUNS=5 MODELS=mlp select; a run that was stopped goes on where it was
-(AGAIN=1 starts anew). What is measured is in `rounds`, who is in `peers`.
+ONLY=triton-cpp,ours SECONDS=1 RUNS=5 MODELS=mlp select; a run that was stopped goes on where it
+was, on a later commit too, where only what is ours is measured again (AGAIN=1 starts anew). What
+is measured is in `rounds`, who is in `peers`.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -32,7 +34,6 @@ TRIES_MAX = 2
 
 
 class Plan(msgspec.Struct, frozen=True):
-    commit: str
     only: str
     models: list[str]
     seconds: float
@@ -41,6 +42,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 class Run(msgspec.Struct):
     plan: Plan
+    commit: str
     records: list[Record]
     load_before: float
     """Processes that wanted a core in the minute before the first turn: 0 on a quiet machine."""
@@ -54,10 +56,10 @@ def plan_of(environment: dict[str, str]) -> Plan:
     only = environment.get("ONLY", "")
     selected(only)
     seconds, runs = (
-        float(environment.get("SECONDS_EACH") or "2"),
+        float(environment.get("SECONDS_EACH") or "1"),
         int(environment.get("RUNS") or "5"),
     )
-    return Plan(commit(), only, models, seconds, runs)
+    return Plan(only, models, seconds, runs)
 
 
 def commit() -> str:
@@ -65,15 +67,20 @@ def commit() -> str:
     return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def begun(plan: Plan, again: bool) -> Run:
+def begun(state: Path, plan: Plan, commit: str, again: bool) -> Run:
     """Where the same run was stopped, what failed once more; anew when the plan or the shape of a
-    record is another."""
+    record is another. What was measured of another commit of ours does not count."""
+    fresh = Run(plan, commit, [], os.getloadavg()[0])
     with contextlib.suppress(FileNotFoundError, msgspec.ValidationError):
-        run = msgspec.json.decode(STATE.read_bytes(), type=Run)
+        run = msgspec.json.decode(state.read_bytes(), type=Run)
         if run.plan == plan and not again:
-            run.records = [one for one in run.records if not one.failed]
-            return run
-    return Run(plan, [], os.getloadavg()[0])
+            fresh.load_before = max(fresh.load_before, run.load_before)
+            fresh.records = [
+                one
+                for one in run.records
+                if not one.failed and (run.commit == commit or one.server not in table.OWN)
+            ]
+    return fresh
 
 
 def work(run: Run, where: Arrangement) -> Iterator[Record]:
@@ -136,6 +143,7 @@ def publish(run: Run) -> None:
         print(f"\nNOT QUIET: the load was {run.load_before:.1f} before the first turn")
     written = {
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": run.commit,
         "plan": msgspec.to_builtins(run.plan),
         "cpu": cpu(),
         "load_before": run.load_before,
@@ -163,7 +171,9 @@ def main() -> None:
     export_missing(MODELS)
     for name in CELLS:
         write_bodies(PEERS / "bodies", name, rows_of(name, 1))
-    run = begun(plan, bool(os.environ.get("AGAIN")))
+    # Not in the middle of a turn: its server would go on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the next run goes on from here"))
+    run = begun(STATE, plan, commit(), bool(os.environ.get("AGAIN")))
     for record in work(run, where):
         run.records.append(record)
         STATE.write_bytes(msgspec.json.encode(run))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 CONNECTIONS = 8
-WARM_UP_S = 0.3
+WARM_UP_S = 0.2
 STUCK_S = 60.0
 SHARE_OF_BYTES_MIN = 0.98
 """gRPC answers an error with status 200 and no message: then bytes are missing."""

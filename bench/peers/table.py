@@ -9,6 +9,7 @@ from bench.peers.rounds import CELLS, Record
 
 OURS, FALLBACK, BEST = "ours", "ours-python", "triton-cpp"
 ONE_MODEL, TWO_CORES = "ours with one model", "ours on two cores"
+OWN = (OURS, FALLBACK, ONE_MODEL, TWO_CORES)
 SCALED = ("cnn", "resnet")
 MEMORY_MB_MAX = 230.0
 READY_S_MAX = 1.0
