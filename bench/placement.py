@@ -1,0 +1,172 @@
+"""How fast the pool decides, over policies and sizes: `python -m bench.placement`.
+
+A made-up cluster of openb's proportions is filled to 85 % of its GPUs; from there on workers come
+one by one and others, chosen by lot, end. The floor is what no row of scores can be read faster
+than: numpy's argmax over one score a node. Times are of this thread's processor time, because the
+machine has other users.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from services.scheduler import planner
+from services.scheduler.native_pool import NativePool
+from services.scheduler.pool import Pool
+from services.scheduler.shapes import Machine, Shape, Spot
+
+SIZES = {1_213: 30_000, 10_000: 20_000, 100_000: 10_000}
+"""Nodes, and decisions that are timed."""
+POLICIES = ("best_fit", "fgd", "priced")
+FULL, ROOM = 0.85, 0.02
+SHAPES = 100
+GANG_GPUS = 1024
+KINDS = (
+    (96, 2, "P100"),
+    (64, 2, "T4"),
+    (96, 8, "V100"),
+    (128, 8, "G2"),
+    (64, 4, "T4"),
+    (104, 1, "A10"),
+)
+Row = dict[str, str]
+Held = list[tuple[Shape, Spot]]
+
+
+def machines(nodes: int, draw: random.Random) -> Iterator[Machine]:
+    for number in range(nodes):
+        cores, gpus, model = draw.choice(KINDS)
+        yield Machine(f"node-{number:06}", 1000 * cores, 4096 * cores, gpus, model)
+
+
+def shapes(draw: random.Random) -> list[tuple[Shape, int]]:
+    """As openb's: of every ten workers one without, four with a part of, five with whole GPUs."""
+    drawn: dict[Shape, int] = {}
+    while len(drawn) < SHAPES:
+        cpu_milli = draw.choice((1000, 2000, 3000, 4000, 6000, 8000))
+        gpus = draw.choices((0, 1, 1, 2, 4, 8), (10, 40, 35, 5, 5, 5))[0]
+        part = draw.random() < 0.5
+        gpu_milli = (10 * draw.randint(5, 95) if part and gpus == 1 else 1000) if gpus else 0
+        shape = Shape(max(1, gpus) * cpu_milli, 2 * max(1, gpus) * cpu_milli, gpus, gpu_milli)
+        drawn[shape] = draw.randint(1, 100) if gpus < 4 else draw.randint(1, 10)
+    return list(drawn.items())
+
+
+class World:
+    """A pool at work."""
+
+    def __init__(self, policy: str, nodes: int) -> None:
+        self.draw = random.Random(nodes)
+        self.pool: Pool = NativePool(policy, 1)
+        known = list(machines(nodes, self.draw))
+        for machine in known:
+            self.pool.join(machine)
+            self.pool.open(machine.node, True)
+        self.typical = shapes(self.draw)
+        self.pool.learn(self.typical)
+        if policy == "priced":
+            self.pool.price(planner.plan(known, self.typical).prices)
+        self.milli = 1000 * sum(machine.gpus for machine in known)
+        self.taken = 0
+        self.held: Held = []
+        self.coming = self.arrivals()
+        while self.taken < FULL * self.milli:
+            self.place(next(self.coming))
+
+    def arrivals(self) -> Iterator[Shape]:
+        kinds, weights = zip(*self.typical, strict=True)
+        while True:
+            yield from self.draw.choices(kinds, weights, k=1000)
+
+    def place(self, shape: Shape) -> None:
+        spot = self.pool.find(shape)
+        if spot is not None:
+            self.pool.take(shape, spot)
+            self.held.append((shape, spot))
+            self.taken += shape.gpus * shape.gpu_milli
+
+    def make_room(self) -> None:
+        while self.taken > (FULL + ROOM) * self.milli:
+            at = self.draw.randrange(len(self.held))
+            self.held[at], self.held[-1] = self.held[-1], self.held[at]
+            shape, spot = self.held.pop()
+            self.pool.release(shape, spot)
+            self.taken -= shape.gpus * shape.gpu_milli
+
+    def times_us(self, count: int) -> list[float]:
+        """Of each decision and its taking, ascending."""
+        times = []
+        for _ in range(count):
+            shape = next(self.coming)
+            started = time.thread_time_ns()
+            self.place(shape)
+            times.append((time.thread_time_ns() - started) / 1000)
+            self.make_room()
+        return sorted(times)
+
+
+def floor_us(nodes: int) -> float:
+    scores = np.random.default_rng(0).integers(0, 100, nodes)
+    times = []
+    for _ in range(200):
+        started = time.thread_time_ns()
+        scores.argmax()
+        times.append(time.thread_time_ns() - started)
+    return float(np.median(times)) / 1000
+
+
+def decisions(policy: str, nodes: int, count: int) -> Row:
+    times = World(policy, nodes).times_us(count)
+    mean, floor = sum(times) / count, floor_us(nodes)
+    p50, p99 = times[count // 2], times[count * 99 // 100]
+    return {
+        "what": f"placements/s, {policy}, {nodes:,} nodes",
+        "ours": f"{1e6 / mean:,.0f}",
+        "floor": f"{1e6 / floor:,.0f}",
+        "ratio": f"{floor / mean:.2f}",
+        "against": f"argmax of a row; p50 {p50:.1f} us, p99 {p99:.1f} us",
+    }
+
+
+def gangs(nodes: int) -> Iterator[Row]:
+    """On a cluster that is half empty, whole nodes of it; and more than there is."""
+    pool = NativePool("fgd", 1)
+    known = list(machines(nodes, random.Random(nodes)))
+    for number, machine in enumerate(known):
+        pool.join(machine)
+        pool.open(machine.node, True)
+        if number % 2:
+            pool.take(Shape(1000, 1000, 1, 500), Spot(machine.node, (0,)))
+    worker, floor = Shape(8000, 16_000, 8, 1000), floor_us(nodes)
+    for what, workers in ("gang of 1,024 GPUs", GANG_GPUS // 8), ("no room for it", nodes):
+        started = time.thread_time_ns()
+        fits = pool.fits_empty(worker, workers, one_node=False)
+        found = pool.find_gang(worker, workers, one_node=False) if fits else None
+        took_us = (time.thread_time_ns() - started) / 1000
+        assert (found is not None) == (workers < nodes)
+        yield {
+            "what": f"{what}, {nodes:,} nodes, us",
+            "ours": f"{took_us:,.0f}",
+            "floor": f"{floor:,.1f}",
+            "ratio": f"{took_us / floor:.0f}",
+            "against": "argmax of a row",
+        }
+
+
+def measured() -> Iterator[Row]:
+    for nodes, count in SIZES.items():
+        for policy in POLICIES:
+            yield decisions(policy, nodes, count)
+    yield from gangs(10_000)
+
+
+def rows() -> list[Row]:
+    return list(measured())
+
+
+if __name__ == "__main__":
+    for one in measured():
+        print(f"{one['what']:<44} {one['ours']:>9} {one['floor']:>9} {one['ratio']:>6}", end="  ")
+        print(one["against"], flush=True)
