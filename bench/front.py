@@ -3,7 +3,7 @@ h2load.
 
 Prints requests/s, what each costs the server, and h2load's latencies (min max mean sd) at three
 concurrencies for an identity float32[64] in numpy and for an mlp 64-128-10 through onnxruntime, and
-where a request's time went.
+what each stage takes of a request (of a batch its share; read contains parse), beside its wait.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def load(port: int, body: str, concurrency: int) -> tuple[float, str]:
     return float(rate[1]), times[1]
 
 
-async def measure(kind: str, name: str) -> None:
+@contextlib.asynccontextmanager
+async def serving(kind: str, name: str) -> AsyncIterator[tuple[Any, Batcher]]:
     make, width = MODELS[name]
     run = make()
     front: Any = fronts.make(kind, lambda call: None, ())
@@ -126,29 +127,36 @@ async def measure(kind: str, name: str) -> None:
     front.route(name, {"1": 100}, {"1": batcher})
     runner = threading.Thread(target=work, args=(batcher, run))
     runner.start()
-    with body_of(name) as body:
-        for concurrency in LOADS:
-            before, began_s = batcher.counts().success_count, time.process_time()
+    try:
+        yield front, batcher
+    finally:
+        batcher.close()
+        await asyncio.to_thread(runner.join)
+        await front.close(1.0)
+
+
+async def measure(kind: str, name: str, concurrency: int) -> None:
+    async with serving(kind, name) as (front, batcher):
+        began_s = time.process_time()
+        with body_of(name) as body:
             rate, times = await asyncio.to_thread(load, front.port, body, concurrency)
-            spent_us = (time.process_time() - began_s) * 1e6
-            each_us = spent_us / (batcher.counts().success_count - before)
-            print(
-                f"{kind} {name:>8} c{concurrency:<3} {rate:>9,.0f} req/s {each_us:6.2f} us CPU each"
-                f"  {times}"
-            )
-    counts = batcher.counts()
-    assert not counts.failures, counts
-    mean_rows = counts.inference_count / sum(runs for runs, *_ in counts.batches.values())
-    print(f"{kind} {name:>8} rows a batch {mean_rows:.1f}")
-    if kind == "native":
-        print({stage: round(us, 2) for stage, us in sorted(front.stages().items())})
-    batcher.close()
-    runner.join()
-    await front.close(1.0)
+        spent_us = (time.process_time() - began_s) * 1e6
+        counts = batcher.counts()
+        assert not counts.failures, counts
+        runs = sum(count for count, *_ in counts.batches.values())
+        print(
+            f"{kind} {name:>8} c{concurrency:<3} {rate:>9,.0f} req/s "
+            f"{spent_us / counts.success_count:6.2f} us CPU each  {times}\n"
+            f"  {counts.inference_count / runs:.1f} rows a batch"
+        )
+        if kind == "native":
+            told = (f"{stage} {us:.2f}" for stage, us in front.stages().items())
+            print(f"  us: {', '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, {SERVER_CORE})
     which = sys.argv[1] if len(sys.argv) > 1 else "native"
     for one in sys.argv[2:] or MODELS:
-        asyncio.run(measure(which, one))
+        for open_at_once in LOADS:
+            asyncio.run(measure(which, one, open_at_once))
