@@ -14,6 +14,8 @@ from services.scheduler.shapes import Shape, Spot
 
 ENDS_MAX = 512
 """A reservation waits for so many ends at most."""
+LATE_S = 10.0
+"""A reservation that could not be kept is made anew after so long."""
 
 
 class Reservation(msgspec.Struct):
@@ -51,8 +53,11 @@ def room_after(book: Book, ask: Ask, ended: list[Job]) -> list[Spot] | None:
 
 
 def holds(book: Book, reservation: Reservation) -> bool:
-    """Whether it can still be kept: its time has not passed, its nodes are there and open."""
-    if reservation.at < book.now:
+    """Whether it is still worth keeping: its time has not long passed, its nodes are open.
+
+    Its time passes if something runs for longer than its bound, or started late.
+    """
+    if book.now >= reservation.at + LATE_S:
         return False
     return all(book.is_open(node) for node in reservation.nodes)
 

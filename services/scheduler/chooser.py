@@ -7,17 +7,20 @@ freed that could change that; later ones pass, as far as the first one's reserva
 
 import heapq
 
-from services.scheduler import backfill, elastic, levels, preempt
+from services.scheduler import backfill, elastic, levels, moves, preempt
 from services.scheduler.backfill import Reservation
 from services.scheduler.book import Book, Cause, Claim
 from services.scheduler.jobs import PLACED, WAITING, Job, Key
-from services.scheduler.lines import Line, place_of
+from services.scheduler.lines import Line, Name, place_of
+from services.scheduler.looks import Looks
 from services.scheduler.shapes import Free, Machine, Spot, admits, room
+from services.scheduler.stimuli import QueueSpec
 
 NEVER = float("inf")
 LOOK_S = 10.0
 """Between two looks at whom others may be evicted for. What arrives is looked at at once."""
-Order = tuple[int, int, float, int]
+Order = tuple[int, int, float, float, int]
+"""Smaller is first, and who is first of a line is so by this, too."""
 
 
 class Chooser(Book):
@@ -28,33 +31,52 @@ class Chooser(Book):
         self.reservation: Reservation | None = None
         self.looked_at = 0.0
         """When it was last asked for whom others may be evicted now."""
+        self.looks = Looks()
         self.unreservable: tuple[int, Key] = (-1, ("", ""))
         """For whom there was no reservation, and when: it need not be asked again."""
+        self.first: Order | None = None
+        """Who of those that only lack room comes first, if that was asked."""
+        self.shares: dict[Name, int] = {}
+        self.shares_at = 0
 
     def place_what_fits(self) -> None:
         """Everything that may be placed now."""
         self.reopen()
         self.keep_reservation()
         while self.lines.open:
-            line = self.next_line()
-            if not self.place_from(line):
-                self.lines.shut(line)
+            self.ask_in_order()
             self.reopen()
-            self.keep_reservation()
         assert not self.lines.may_evict
 
-    def next_line(self) -> Line:
-        lines = self.lines.open.values()
-        if len(lines) == 1:
-            return next(iter(lines))
-        return min(lines, key=lambda line: self.order(line.head))
+    def ask_in_order(self) -> None:
+        """The open lines, until one of them changes what the others may have."""
+        for line in sorted(self.lines.open.values(), key=lambda line: self.order(line.head)):
+            before = self.changes, self.reservation
+            if not self.place_from(line):
+                self.lines.shut(line)
+                if before == (self.changes, None):
+                    self.reserve_for(line)
+            if before != (self.changes, self.reservation):
+                self.keep_reservation()
+                return
 
     def order(self, job: Job) -> Order:
         spec = self.specs.get(job.request.queue)
         if spec is None:
-            return 0, -job.request.priority, 0, job.number
-        share = min(self.quota.share(spec.queue, claim.amounts) for claim in self.claims(job))
-        return share, -self.rank(job), place_of(job, spec)[1], job.number
+            return 0, -job.request.priority, *place_of(job, None)
+        share = self.share_of(spec, job) if spec.cohort else 0
+        return share, -self.rank(job), *place_of(job, spec)
+
+    def share_of(self, spec: QueueSpec, job: Job) -> int:
+        """What share of its cohort its queue would have with it; kept until something changes."""
+        if self.shares_at != self.changes:
+            self.shares_at = self.changes
+            self.shares.clear()
+        name = spec.queue, job.ask
+        if name not in self.shares:
+            shares = (self.quota.share(spec.queue, claim.amounts) for claim in self.claims(job))
+            self.shares[name] = min(shares, default=0)
+        return self.shares[name]
 
     def place_from(self, line: Line) -> bool:
         """One of the line's jobs: the first, or else one that is through in time."""
@@ -87,8 +109,9 @@ class Chooser(Book):
             if spots is not None:
                 self.place(job, spots)
                 return True
-        if has_quota and self.reservation and not self.gives_way(job):
-            self.drop_reservation(job)
+        holder = self.reservation.job if self.reservation else job.key
+        if has_quota and holder != job.key and not self.gives_way(job):
+            self.drop_reservation()
         return False
 
     def place(self, job: Job, spots: list[Spot]) -> None:
@@ -120,40 +143,43 @@ class Chooser(Book):
             if job and job.state == WAITING and backfill.holds(self, self.reservation):
                 return
             self.drop_reservation()
+        self.first = None
         if not self.ends:
             return
-        claim = self.first_without_room()
-        if claim is None or self.unreservable == (self.changes, claim.job.key):
+        shut = [line for name, line in self.lines.of.items() if name not in self.lines.open]
+        for line in sorted(shut, key=lambda line: self.order(line.head)):
+            self.reserve_for(line)
+            if self.first is not None:
+                return
+
+    def reserve_for(self, line: Line) -> None:
+        """Its head is before all that were asked to wait for room, or changes nothing."""
+        order = self.order(line.head)
+        if not self.ends or (self.first is not None and self.first < order):
+            return
+        claims = self.claims(line.head)
+        claim = next((c for c in claims if self.quota.allows(line.queue, c.amounts)), None)
+        if claim is None:
+            return
+        self.first = order
+        if self.unreservable == (self.changes, line.head.key):
             return
         self.reservation = backfill.reserve(self, claim)
         if self.reservation is None:
-            self.unreservable = self.changes, claim.job.key
+            self.unreservable = self.changes, line.head.key
 
-    def drop_reservation(self, job: Job | None = None) -> None:
+    def drop_reservation(self) -> None:
         """What it kept back may be for others now."""
-        if self.reservation is not None and (job is None or self.reservation.job != job.key):
-            self.reservation = None
-            self.lines.open |= self.lines.of
-
-    def first_without_room(self) -> Claim | None:
-        shut = [line for name, line in self.lines.of.items() if name not in self.lines.open]
-        best: tuple[Order, Claim] | None = None
-        for line in shut:
-            job = line.head
-            order = self.order(job)
-            if best is not None and best[0] < order:
-                continue
-            for claim in self.claims(job):
-                if self.quota.allows(line.queue, claim.amounts):
-                    best = order, claim
-                    break
-        return best[1] if best else None
+        self.reservation = None
+        self.lines.open |= self.lines.of
 
     # --- eviction
 
     def evict_for(self, job: Job) -> bool:
         if not preempt.can_evict(self, job.request.queue) or self.gives_way(job):
             return False
+        if self.move_for(job):
+            return True
         for claim in self.claims(job):
             found = preempt.victims_of(self, claim)
             if found is None:
@@ -167,9 +193,25 @@ class Chooser(Book):
             return True
         return False
 
+    def move_for(self, job: Job) -> bool:
+        """Others make room and are elsewhere at once."""
+        for claim in self.claims(job):
+            found = moves.moves_for(self, claim)
+            if found is None:
+                continue
+            moved, spots = found
+            for other, _ in moved:
+                reason = f"moved for {'/'.join(job.key)}"
+                self.move(other, WAITING, Cause(reason=reason, preempted=True))
+            for one, places in [(job, spots), *moved]:
+                self.place(one, places)
+            return True
+        return False
+
     def look(self) -> None:
         """The first of every line may have others evicted now, where its queue allows it."""
         self.looked_at = self.now
+        self.looks.note(self)
         self.promote_overdue()
         for queue, lines in self.lines.by_queue.items():
             if preempt.can_evict(self, queue):
@@ -187,9 +229,12 @@ class Chooser(Book):
     @property
     def due_at(self) -> float:
         """When a `Tick` could change something, though no node is silent."""
+        due_at = NEVER
         if any(preempt.can_evict(self, queue) for queue in self.lines.by_queue):
-            return self.looked_at + LOOK_S
-        return NEVER
+            due_at = max(self.looked_at + LOOK_S, self.looks.next(self))
+        if self.reservation is not None:
+            due_at = min(due_at, self.reservation.at + backfill.LATE_S)
+        return due_at
 
     # --- which lines open again
 

@@ -207,6 +207,7 @@ class Scheduler(Fleet):
 
     def set_specs(self, specs: dict[str, QueueSpec]) -> None:
         """Who stands where in line follows from the queue, so all stand in line again."""
+        self.changes += 1
         self.quota.apply(specs.values())
         self.lines, self.overdue = Lines(), []
         for job in self.jobs.values():

@@ -119,10 +119,8 @@ class Quota:
         if spec is None or not spec.cohort:
             return 0
         most = 0
-        for name, amount in amounts.items():
-            if name not in spec.nominal:
-                continue
-            borrowed = self.has(queue, name) + amount - spec.nominal[name]
+        for name, nominal in spec.nominal.items():
+            borrowed = self.has(queue, name) + amounts.get(name, 0) - nominal
             if borrowed > 0:
                 whole = sum(one.nominal[name] for one in self.members(spec, name))
                 most = max(most, SHARE_SCALE * borrowed // max(1, whole))

@@ -1,0 +1,123 @@
+"""A scheduler, its agents and its ledger: what tests let happen, and what must hold after it."""
+
+import msgspec
+
+from libs.contracts.events import (
+    AttemptFailed,
+    AttemptPlaced,
+    AttemptStarted,
+    AttemptSucceeded,
+    Event,
+    Resources,
+)
+from services.scheduler.domain import Scheduler, State, restore
+from services.scheduler.ledger import Ledger
+from services.scheduler.stimuli import Heartbeat, Running, Stimulus, decode
+
+
+class World:
+    def __init__(self, *, conserving: bool = True) -> None:
+        self.scheduler = Scheduler()
+        self.ledger = Ledger(conserving=conserving)
+        self.snapshot = msgspec.json.encode(self.scheduler.snapshot())
+        self.log: list[tuple[str, bytes, float, list[Event]]] = []
+        self.now = 1000.0
+        self.last: dict[str, Heartbeat] = {}
+        self.agents: dict[str, set[Running]] = {}
+        """What each runs; it may be slow to obey."""
+        self.placed: list[AttemptPlaced] = []
+
+    def tell(self, stimulus: Stimulus, after_s: float = 1.0) -> list[Event]:
+        self.now += after_s
+        if not self.scheduler.is_news(stimulus):
+            before, at = self.state(), min(self.now, self.scheduler.due_at - 0.001)
+            assert self.scheduler.handle(stimulus, at) == []
+            self.scheduler.sequence -= 1
+            assert self.state() == before, "it was news"
+            return []
+        said = self.scheduler.handle(stimulus, self.now)
+        self.log.append((type(stimulus).__name__, msgspec.json.encode(stimulus), self.now, said))
+        self.ledger.enter(stimulus, said, self.now)
+        for event in said:
+            if isinstance(event, AttemptPlaced):
+                self.placed.append(event)
+                self.agents[event.node].add(running_of(event))
+        return said
+
+    def state(self) -> bytes:
+        return msgspec.json.encode(self.scheduler.snapshot())
+
+    def beat(
+        self,
+        node: str,
+        has: Resources,
+        model: str = "",
+        labels: dict[str, str] | None = None,
+        health: str = "Healthy",
+        reboots: bool = False,
+    ) -> list[Event]:
+        runs = sorted(self.agents.setdefault(node, set()))
+        incarnation = int(self.last[node].incarnation) if node in self.last else 1
+        heard = Heartbeat(
+            node, incarnation + reboots, ["train"], has, runs, health, model, labels or {}
+        )
+        self.last[node] = heard
+        return self.tell(heard)
+
+    def reboot(self, node: str, keeps: bool) -> None:
+        """Another incarnation, which runs nothing or all that the earlier one ran."""
+        if not keeps:
+            self.agents[node].clear()
+        last = self.last[node]
+        self.beat(node, last.capacity, last.gpu_model, last.labels, reboots=True)
+
+    def recover(self, node: str) -> None:
+        last = self.last[node]
+        self.beat(node, last.capacity, last.gpu_model, last.labels)
+
+    def obey(self, node: str) -> None:
+        """The agent does what it was told: it ends everything that is not in force."""
+        live = self.ledger.live.values()
+        self.agents[node] &= {running_of(one.shares[node]) for one in live if node in one.shares}
+
+    def answer(self, placed: AttemptPlaced, outcome: str) -> None:
+        """Of any attempt there ever was, in force or not."""
+        if outcome != "starts":
+            self.agents[placed.node].discard(running_of(placed))
+        self.tell(answer_of(placed, outcome))
+
+    def crash(self, keeps: bool) -> None:
+        """From the last snapshot and what was logged since, to the same state and decisions."""
+        before = self.state()
+        self.scheduler = restore(msgspec.json.decode(self.snapshot, type=State))
+        for name, payload, at, said in self.log:
+            assert self.scheduler.handle(decode(name, payload), at) == said
+        assert self.state() == before
+        if keeps:
+            self.snapshot, self.log = before, []
+
+    def check(self) -> None:
+        self.scheduler.validate()
+        jobs = {key: job.state for key, job in self.scheduler.jobs.items()}
+        states = {key: "live" if s in ("placed", "running") else s for key, s in jobs.items()}
+        assert states == self.ledger.states
+        for key, attempt in self.ledger.live.items():
+            job = self.scheduler.jobs[key]
+            assert job.live.token == attempt.token
+            assert (job.state == "running") == (attempt.started >= set(attempt.shares)), key
+
+
+def running_of(placed: AttemptPlaced) -> Running:
+    return Running(placed.project, placed.job, placed.attempt, placed.token)
+
+
+def answer_of(placed: AttemptPlaced, outcome: str) -> Stimulus:
+    fields = msgspec.structs.asdict(placed)
+    about = {name: fields[name] for name in ("project", "job", "attempt", "token", "node")}
+    match outcome:
+        case "starts":
+            return AttemptStarted(**about)
+        case "succeeds":
+            return AttemptSucceeded(**about, result={"by": placed.token})
+        case _:
+            return AttemptFailed(**about, reason="it broke", retryable=outcome == "fails")
