@@ -30,7 +30,8 @@ WAKE_S = 60.0
 TRIES_MAX = 3
 """Replicas that are asked, one after the other, when one has just gone."""
 SHARED_MS = 20
-"""What takes longer here is worth the way through Python to another replica: some 2 ms."""
+"""What takes longer is worth the way through Python to another replica. It adds 0.4 ms to a request
+on its own, and that much work for a core."""
 MILLI = 1000
 Deployments = Mapping[Key, tuple[DeploymentUpdated, str]]
 

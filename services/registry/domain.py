@@ -231,6 +231,7 @@ def deploy_first(before: Deployment, stimulus: Passed) -> Outcome:
         priority=REPLICA_PRIORITY,
         resources=SERVE_RESOURCES,
         attempts_max=REPLICA_ATTEMPTS_MAX,
+        preemptible=False,
         spec={"model": before.model},
     )
     return replace(outcome, events=(*outcome.events, request))

@@ -14,7 +14,7 @@ from libs.contracts.autoscaling import (
     REPLICA_QUEUE,
     first_replica,
 )
-from libs.contracts.events import JobCancelled, JobRequested
+from libs.contracts.events import AttemptFailed, JobCancelled, JobRequested
 from services.scheduler import preempt
 from services.scheduler.book import Book, Cause, Claim
 from services.scheduler.deployments import Deployment
@@ -56,9 +56,9 @@ def concerns(book: Book, stimulus: Stimulus) -> bool:
     match stimulus:
         case Deployed() | Scaled() | Heartbeat() | Tick():
             return bool(book.deployments)
-        case JobCancelled():
-            job = book.jobs[stimulus.project, stimulus.job]
-            return job.request.kind == REPLICA_KIND
+        case JobCancelled() | AttemptFailed():
+            job = book.jobs.get((stimulus.project, stimulus.job))
+            return job is not None and job.request.kind == REPLICA_KIND
     return False
 
 
@@ -91,13 +91,13 @@ def dispensable(job: Job) -> tuple[bool, int]:
 
 
 def moved(book: Book, deployment: Deployment, job: Job, replicas: Sequence[Job]) -> bool:
-    """Ended, for its place is taken or lost and there is another."""
+    """Ended, for it waits in vain and there is another place, or for any place where others are."""
     others = [one for one in replicas if one is not job and one.state not in TERMINAL]
     if job.placement is not None:
-        doubled = any(one.number < job.number and where(one) == where(job) for one in others)
-        if doubled:
-            end(book, job, "another replica is on its node")
-        return doubled
+        return False
+    if others and not where(job):
+        end(book, job, "it goes where no other replica is")
+        return True
     if book.pool.find(job.ask.shape) is not None:
         return False
     better = node_for(book, deployment, others)

@@ -206,6 +206,8 @@ async def test_what_is_sent_on_is_answered_there_or_not_at_all(one: Replica, two
     two.hear(one, Load(*KEY, 0))
     status, _ = await refused(one.desk.stub.ModelInfer(ASKED))
     assert status == "NOT_FOUND"
+    assert len(one.presence.forwarder.channels) == 1
+    assert not two.presence.forwarder.channels
 
 
 async def test_a_version_nobody_has_is_the_client_s_mistake(one: Replica, two: Replica) -> None:

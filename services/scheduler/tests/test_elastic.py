@@ -3,11 +3,13 @@ them, and given back."""
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.contracts.autoscaling import NODE_LABEL, Autoscaling
 from libs.contracts.events import (
+    AttemptFailed,
     AttemptPlaced,
     AttemptStopped,
     Event,
@@ -146,6 +148,45 @@ def test_a_lost_node_s_replica_is_elsewhere_in_the_same_step() -> None:
         {"a", "b", "c"} - {lost, kept}
     )
     assert len(set(world.replicas.values())) == 2
+
+
+@pytest.mark.parametrize("how", ["lost", "failed"])
+def test_the_first_replica_does_not_end_up_beside_another(how: str) -> None:
+    """Who asked for it named no node."""
+    world = World("a", "b")
+    world.do(
+        JobSubmitted(
+            JobRequested(
+                project="default",
+                job="serve-digits",
+                kind="serve",
+                resources=Resources(900, 256),
+                spec={"model": "digits"},
+            )
+        )
+    )
+    world.deploy()
+    world.scale(2)
+    first = world.scheduler.jobs["default", "serve-digits"].live
+    (node,) = first.nodes
+    if how == "lost":
+        world.do(Tick([node]))
+        assert len(world.replicas) == 1
+        world.beat("c")
+    else:
+        world.submit("in-the-way", 300)
+        world.do(
+            AttemptFailed(
+                project="default",
+                job="serve-digits",
+                attempt=1,
+                token=first.token,
+                node=node,
+                reason="it fell",
+                retryable=True,
+            )
+        )
+    assert len(set(world.replicas.values()) - {""}) == 2
 
 
 def test_fewer_are_the_newest_less() -> None:
