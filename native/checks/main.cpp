@@ -8,4 +8,5 @@ int main(int count, char** words) {
   leptonic::check_messages(seed, rounds);
   leptonic::check_connections(seed, rounds / 10);
   leptonic::check_threads(seed, rounds / 10);
+  leptonic::check_placement(seed, rounds / 20);
 }
