@@ -153,19 +153,20 @@ def test_a_lost_node_s_replica_is_elsewhere_in_the_same_step() -> None:
 @pytest.mark.parametrize("how", ["lost", "failed"])
 def test_the_first_replica_does_not_end_up_beside_another(how: str) -> None:
     """Who asked for it named no node."""
-    world = World("a", "b")
+    world = World("b")
     world.do(
         JobSubmitted(
             JobRequested(
                 project="default",
                 job="serve-digits",
                 kind="serve",
-                resources=Resources(900, 256),
+                resources=REPLICA,
                 spec={"model": "digits"},
             )
         )
     )
     world.deploy()
+    world.beat("a")
     world.scale(2)
     first = world.scheduler.jobs["default", "serve-digits"].live
     (node,) = first.nodes
@@ -174,7 +175,6 @@ def test_the_first_replica_does_not_end_up_beside_another(how: str) -> None:
         assert len(world.replicas) == 1
         world.beat("c")
     else:
-        world.submit("in-the-way", 300)
         world.do(
             AttemptFailed(
                 project="default",
