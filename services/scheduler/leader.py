@@ -1,8 +1,7 @@
 """What only the scheduler that leads does: take events, hear heartbeats, watch the clock.
 
-A second scheduler waits here as standby. Who loses the lock (Postgres restarted) stops, and
-stands in line again; the log's line numbers keep two leaders from writing over each other in the
-moment between.
+A second scheduler waits here as standby (`lease.py`). Who loses the lock, because Postgres
+restarted, stops and stands in line again.
 """
 
 import asyncio
@@ -17,12 +16,11 @@ from psycopg.rows import DictRow
 
 from libs.bus import Bus, loop
 from libs.database import TRANSIENT
-from services.scheduler import meters
+from services.scheduler import lease, meters
 from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
 from services.scheduler.scaler import Scaler
 from services.scheduler.stimuli import Heartbeat, Tick
-from services.scheduler.store import LEADER
 from services.scheduler.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -36,7 +34,8 @@ HEARD_MAX = 250
 AGAIN_S = 2.0
 """A heartbeat that says again what was said is looked at this often: what it tells can have become
 news by what the scheduler did meanwhile. One of a node that was lost is looked at at once."""
-HOLD_S = 1.0
+AGAIN_LEADS_S = 0.2
+HOLD_S = 0.5
 """Between two looks at whether the lock is still ours."""
 
 
@@ -45,7 +44,7 @@ async def lead(context: Context, bus: Bus) -> None:
     writer = context.writer
     while True:
         try:
-            async with writer.store.db.exclusively(LEADER) as connection:
+            async with lease.seat(writer.store.db) as connection:
                 log.info("leads")
                 try:
                     writer.committed, writer.connection = None, connection
@@ -58,16 +57,17 @@ async def lead(context: Context, bus: Bus) -> None:
                     meters.forget()
         except* TRANSIENT as group:
             log.warning("leads no more: %s", [str(error) for error in group.exceptions])
-        await asyncio.sleep(HOLD_S)
+        await asyncio.sleep(AGAIN_LEADS_S)
 
 
 async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow]) -> None:
-    nodes = (await context.writer.state()).nodes
-    gc.freeze()  # or every full collection would look at what was read, 0.3 s at 100,000 jobs
-    pulse = Pulse(context, bus, Liveness(nodes, time.monotonic()))
     async with asyncio.TaskGroup() as group:
+        group.create_task(lease.renew(context.writer.store.db, lock))
+        nodes = (await context.writer.state()).nodes
+        gc.freeze()  # or every full collection would look at what was read, 0.3 s at 100,000 jobs
+        pulse = Pulse(context, bus, Liveness(nodes, time.monotonic()))
         group.create_task(context.writer.write())
-        group.create_task(hold(lock))
+        group.create_task(hold(context.writer, lock))
         group.create_task(loop.run(bus, "scheduler", HANDLERS, context, TRANSIENT, together=True))
         group.create_task(pulse.hear())
         group.create_task(pulse.attend())
@@ -86,10 +86,11 @@ async def tell(writer: Writer) -> None:
         await asyncio.sleep(TELL_S)
 
 
-async def hold(lock: psycopg.AsyncConnection[DictRow]) -> None:
+async def hold(writer: Writer, lock: psycopg.AsyncConnection[DictRow]) -> None:
     """Raises `psycopg.OperationalError` once the lock's connection is gone."""
     while True:
-        await lock.execute("select 1")
+        async with writer.committing:
+            await lock.execute("select 1")
         await asyncio.sleep(HOLD_S)
 
 

@@ -8,11 +8,12 @@ failed, and the state is read again from the log.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -100,6 +101,8 @@ class Writer:
         """A checkpoint that is being written."""
         self.due_at = math.inf
         """When the scheduler, as far as it is committed, wants to look again."""
+        self.committing = asyncio.Lock()
+        """Of the connection, which can do one thing at a time."""
         self.connection: psycopg.AsyncConnection[DictRow] | None = None
         """The one that holds the leader's lock: who has lost the lock can commit nothing."""
 
@@ -198,17 +201,22 @@ class Writer:
     async def commit(self, scheduler: Scheduler, batch: list[Asked]) -> None:
         ids = [asked.event_id for asked in batch if asked.event_id]
         if ids:
-            async with self.store.db.transaction(self.connection) as tx:
+            async with self.transaction() as tx:
                 work = handle(scheduler, batch, await tx.first_times(ids))
                 await self.put(tx, work)
         else:
             work = handle(scheduler, batch, set())
             if work.lines:
-                async with self.store.db.transaction(self.connection) as tx:
+                async with self.transaction() as tx:
                     await self.put(tx, work)
         for asked, answer in zip(batch, work.answers, strict=True):
             asked.give(answer)
         meters.count(work.waits)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        async with self.committing, self.store.db.transaction(self.connection) as tx:
+            yield tx
 
     async def put(self, tx: Transaction, work: Work) -> None:
         if not work.lines:

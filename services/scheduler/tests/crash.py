@@ -29,9 +29,10 @@ from libs.database import TRANSIENT, Database, connect
 from services.scheduler import stimuli
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor
+from services.scheduler.lease import LEADER
 from services.scheduler.ledger import Ledger
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, Stimulus, Tick
-from services.scheduler.store import LEADER, MIGRATIONS, Store, digest
+from services.scheduler.store import MIGRATIONS, Store, digest
 from services.scheduler.writer import Writer
 
 NODES = ("a", "b", "c")

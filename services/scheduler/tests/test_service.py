@@ -69,7 +69,7 @@ class Service:
 
     def __init__(self, folder: Path, bus: JetStreamBus, nats_url: str, dsn: str) -> None:
         http, grpc = ports.free(2)
-        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{http}", timeout=10)
+        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{http}", timeout=30)
         self.bus = bus
         environment = {
             "LEPTONIC_NATS_URL": nats_url,
@@ -296,3 +296,35 @@ async def test_a_standby_answers_once_the_leader_was_told_to_end(
     finally:
         await standby.http.aclose()
         await standby.server.stop()
+
+
+async def test_a_standby_leads_once_the_leader_was_killed(
+    service: Service, tmp_path: Path, nats_url: str, postgres_dsn: str
+) -> None:
+    await service.submit("j")
+    standby = Service(tmp_path, service.bus, nats_url, postgres_dsn)
+    await standby.server.start()
+    try:
+        await service.server.kill()
+        assert await standby.state("j") == "waiting"
+        async with beating(Agent(service.bus, "n")):
+            assert (await standby.placed("j")).token == 1
+    finally:
+        await standby.http.aclose()
+        await standby.server.stop()
+
+
+async def test_many_jobs_in_one_request(service: Service) -> None:
+    path = "/v1/projects/p/jobs:submit"
+    wanted = [{"job": f"j{number}", "kind": "train"} for number in range(200)]
+    async with beating(Agent(service.bus, "n")):
+        await service.submit("j0")
+        await service.placed("j0")
+        answered = await service.http.post(path, json={"jobs": wanted})
+    states = {one["job"]: (one["state"], one["node"]) for one in answered.json()["jobs"]}
+    assert list(states) == [one["job"] for one in wanted]
+    assert [states[job] for job in ("j0", "j1", "j2")] == [("placed", "n")] * 2 + [("waiting", "")]
+    bad = [{"job": "good", "kind": "train"}, {"job": "bad", "kind": "train", "workers": -1}]
+    refused = await service.http.post(path, json={"jobs": bad})
+    assert (refused.status_code, refused.json()["field"]) == (400, "workers")
+    assert await service.job("good") == {}

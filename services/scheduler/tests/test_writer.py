@@ -19,9 +19,10 @@ from libs.contracts.events import (
 )
 from libs.database import TRANSIENT, Database, Transaction, connect
 from libs.doors import NotFound
-from services.scheduler import domain, store
+from services.scheduler import domain, lease, store
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor, Order
+from services.scheduler.lease import LEADER
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, Stimulus, Tick
 from services.scheduler.store import Diverged, Overtaken, Store
 from services.scheduler.writer import Overloaded, Standby, Writer
@@ -309,7 +310,7 @@ async def test_two_leaders_do_not_write_over_each_other(db: Database) -> None:
 
 async def test_who_lost_the_lock_commits_nothing(db: Database) -> None:
     """Even if it has not noticed: its transactions are on the connection that held the lock."""
-    async with leading(db) as writer, db.exclusively(store.LEADER) as held:
+    async with leading(db) as writer, db.exclusively(LEADER) as held:
         writer.connection = held
         await writer.take(job("a"))
         async with db.transaction() as tx:
@@ -320,19 +321,44 @@ async def test_who_lost_the_lock_commits_nothing(db: Database) -> None:
 
 
 async def test_one_leads_until_its_lock_is_gone(db: Database) -> None:
-    async with db.exclusively(store.LEADER) as held:
+    async with db.exclusively(LEADER) as held:
         query = "select pg_try_advisory_lock(hashtext(%s)) as ours"
         async with db.transaction() as tx:
-            row = await tx.one(query, (store.LEADER,))
+            row = await tx.one(query, (LEADER,))
             assert row == {"ours": False}
     assert held.closed
 
     async def is_free() -> bool:
         """Once the server has noticed that the connection is gone."""
         async with db.transaction() as tx:
-            return await tx.one(query, (store.LEADER,)) == {"ours": True}
+            return await tx.one(query, (LEADER,)) == {"ours": True}
 
     await eventually(is_free)
+
+
+async def test_a_leader_that_stands_still_is_unseated(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with contextlib.AsyncExitStack() as standing:
+        still = await standing.enter_async_context(lease.seat(db))
+        renewing = asyncio.create_task(lease.renew(db, still))
+        await eventually(lambda: renewed(db))
+        waiting = asyncio.create_task(seated(db))
+        renewing.cancel()
+        monkeypatch.setattr(lease, "RENEW_S", 0.05)
+        monkeypatch.setattr(lease, "LEASE_S", 0.5)
+        await asyncio.wait_for(waiting, 60)
+        with pytest.raises(TRANSIENT):
+            await still.execute("select 1")
+
+
+async def renewed(db: Database) -> bool:
+    return await count(db, "lease") == 1
+
+
+async def seated(db: Database) -> None:
+    async with lease.seat(db) as connection:
+        await connection.execute("select 1")
 
 
 async def test_a_replay_that_decides_otherwise_is_found_out(db: Database) -> None:
