@@ -29,10 +29,10 @@ from services.inference.cache import Cache
 from services.inference.endpoint import Endpoint, Origin, batching_of, context_of
 from services.inference.endpoints import Endpoints, Key
 from services.inference.forward import Forwarder
-from services.inference.loads import Load, Loads
+from services.inference.loads import Load, Loads, waiting_for
 from services.inference.models import Build, in_process
 from services.inference.peers import Told
-from services.inference.presence import Presence
+from services.inference.presence import WAITING, Presence
 from services.inference.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ class Agent:
         self.desired: dict[Key, tuple[DeploymentUpdated, str]] = {}
         self.loads = Loads(endpoints, monotonic_ns())
         self.called_out = asyncio.Event()
-        self.presence = Presence(endpoints, forwarder, lambda: self.desired, self.called_out.set)
+        self.speaks = False
+        self.presence = Presence(endpoints, forwarder, lambda: self.desired, self.call_out)
         endpoints.elsewhere = self.presence
         self.owed: set[Key] | None = None
         """Models this node served before it was started; unknown until Postgres said it."""
@@ -117,22 +118,34 @@ class Agent:
             try:
                 async with self.db.exclusively(f"node {self.node.name}"):
                     await self.refresh()
+                    self.speaks = True
                     await self.speak()
             except TRANSIENT as error:
                 log.warning("heartbeats: %s; again in %s s", error, BEAT_S)
+            self.speaks = False
             await asyncio.sleep(BEAT_S)
 
     async def speak(self) -> None:
         """Knows what it runs: an empty list would give its work away."""
         while True:
             self.called_out.clear()
-            loads = self.loads.look(self.presence.waiting, monotonic_ns())
+            loads = self.loads.look(self.presence.all_waiting(), monotonic_ns())
             await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat(loads))
             self.presence.share(loads)
             told = Told(self.node.name, self.node.address, loads)
             await self.bus.broadcast(f"replicas.{self.node.name}", msgspec.json.encode(told))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.called_out.wait(), BEAT_S)
+
+    async def call_out(self) -> None:
+        """The next heartbeat comes at once, from whoever speaks for the node."""
+        self.called_out.set()
+        if self.speaks:
+            return
+        loads = waiting_for(self.presence.waiting)
+        told = msgspec.json.encode(Told(self.node.name, self.node.address, loads))
+        with contextlib.suppress(*TRANSIENT):  # it is said again
+            await self.bus.broadcast(f"replicas.{self.node.name}{WAITING}", told)
 
     def heartbeat(self, loads: list[Load]) -> bytes:
         running = [

@@ -54,8 +54,7 @@ class Loads:
         known, self.known, self.looked_ns = self.known, {}, now_ns
         routed = [one for one in self.endpoints.by_key.values() if any(one.route.values())]
         loads = [self.load_of(endpoint, known, passed_ns) for endpoint in routed]
-        asked = sorted(waiting.items())
-        return loads + [Load(*key, count * MILLI, ready=False) for key, count in asked]
+        return loads + waiting_for(waiting)
 
     def load_of(self, endpoint: Endpoint, known: Mapping[Served, Sums], passed_ns: int) -> Load:
         requests = spent_ns = present = 0
@@ -71,6 +70,10 @@ class Loads:
             present += counts.waiting + served.streams
         milli = max(spent_ns * MILLI // passed_ns, present * MILLI)
         return Load(endpoint.project, endpoint.model, milli, p95_ms(latency), requests)
+
+
+def waiting_for(waiting: Mapping[Key, int]) -> list[Load]:
+    return [Load(*key, count * MILLI, ready=False) for key, count in sorted(waiting.items())]
 
 
 def sums_of(counts: Counts) -> Sums:

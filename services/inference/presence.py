@@ -5,9 +5,10 @@ places a replica, here or elsewhere, and the request goes on.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 
 import msgspec
@@ -24,6 +25,10 @@ from services.inference.peers import Peers, Told
 
 log = logging.getLogger(__name__)
 REPLICAS = "replicas.>"
+WAITING = ".waiting"
+"""Behind `replicas.<node>`: what a process of the node says that does not speak for it."""
+CALL_S = 1.0
+"""Between two calls for a replica: what is broadcast may be lost."""
 NS = 1e9
 WAKE_S = 60.0
 """A request without a deadline waits no longer for a replica."""
@@ -42,7 +47,7 @@ class Presence:
         endpoints: Endpoints,
         forwarder: Forwarder,
         deployments: Callable[[], Deployments],
-        call_out: Callable[[], None],
+        call_out: Callable[[], Awaitable[None]],
     ) -> None:
         self.endpoints = endpoints
         self.forwarder = forwarder
@@ -51,6 +56,8 @@ class Presence:
         """Says at once what the next heartbeat would."""
         self.peers = Peers()
         self.waiting: Counter[Key] = Counter()
+        self.overheard: dict[Key, tuple[float, int]] = {}
+        """When another process of this node said last that requests wait there, and how many."""
         self.changed = asyncio.Event()
 
     def notify(self) -> None:
@@ -65,9 +72,22 @@ class Presence:
             except msgspec.DecodeError as error:
                 log.warning("%s: %s", subject, error)
                 continue
-            if told.node != node:
+            if told.node != node and not subject.endswith(WAITING):
                 self.peers.heard(told, monotonic())
                 self.notify()
+            elif subject == f"replicas.{node}{WAITING}":
+                await self.overhear(told.loads, monotonic())
+
+    async def overhear(self, loads: Iterable[Load], now_s: float) -> None:
+        for load in loads:
+            self.overheard[load.project, load.model] = now_s, load.concurrency_milli // MILLI
+        await self.call_out()
+
+    def all_waiting(self) -> Counter[Key]:
+        """At this node, whichever of its processes they came to."""
+        since_s = monotonic() - 2 * CALL_S
+        self.overheard = {key: one for key, one in self.overheard.items() if one[0] >= since_s}
+        return self.waiting + Counter({key: count for key, (_, count) in self.overheard.items()})
 
     # --- what `Endpoints` asks
 
@@ -95,7 +115,6 @@ class Presence:
             raise Exhausted(f"{most} requests wait already for a replica of '{key[1]}'")
         self.waiting[key] += 1
         try:
-            self.call_out()
             await self.until_served(key, deadline_ns)
         finally:
             self.waiting[key] -= 1
@@ -107,7 +126,9 @@ class Presence:
         try:
             async with asyncio.timeout(min(left_s, WAKE_S)):
                 while not (self.is_here(key) or self.serves(key)):
-                    await self.changed.wait()
+                    await self.call_out()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self.changed.wait(), CALL_S)
         except TimeoutError as error:
             said = f"no replica of model '{key[1]}' was ready within {min(left_s, WAKE_S):.1f} s"
             kind = DeadlineExceeded if left_s < WAKE_S else Unavailable

@@ -1,5 +1,7 @@
 """Several processes of one name are one node: any of them may be asked anything."""
 
+import asyncio
+
 import msgspec
 
 from libs.bus.jetstream import JetStreamBus
@@ -13,6 +15,7 @@ from stack import ports
 from stack.testing import eventually
 
 OFFSET = 100
+ASLEEP = {"min_replicas": 0, "max_replicas": 1}
 EACH = 15
 
 
@@ -53,3 +56,35 @@ async def test_pods_of_one_node_serve_the_same_and_count_together(
 async def counted(platform: Platform, requests: int) -> bool:
     told = [one for one in await platform.seen(DeploymentObserved) if one.generation == 2]
     return bool(told) and max(one.observations[0].requests for one in told) == requests
+
+
+async def test_who_waits_at_any_pod_is_told_by_the_one_that_speaks(
+    replica: Replica, settings: Settings, bus: JetStreamBus, platform: Platform
+) -> None:
+    """Only one process of a node beats; the request may have come to another."""
+    await eventually(lambda: replica.agent.speaks)
+    deployed = msgspec.structs.replace(stage.deployment(1), autoscaling=ASLEEP)
+    async with started(beside(settings), bus) as second:
+        await platform.publish(deployed)
+        await eventually(lambda: second.agent.presence.asleep())
+        asking = asyncio.create_task(second.infer(ROW))
+        async for _, payload in bus.listen("heartbeats.inference"):
+            loads = msgspec.json.decode(payload)["loads"]
+            if loads:
+                break
+        assert loads == [told(1000)]
+        asking.cancel()
+        async for _, payload in bus.listen("heartbeats.inference"):
+            if not msgspec.json.decode(payload)["loads"]:
+                break
+
+
+def told(milli: int) -> dict[str, object]:
+    return {
+        "project": "default",
+        "model": "digits",
+        "concurrency_milli": milli,
+        "p95_ms": 0,
+        "requests": 0,
+        "ready": False,
+    }
