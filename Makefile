@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline native native-sanitized check bench bench-peers conformance generate format clean
+.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline native native-sanitized check bench bench-peers bench-scheduler conformance generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -55,6 +55,9 @@ test-rolling: setup ## 50,000 requests while every service is replaced again and
 
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
+
+bench-scheduler: setup ## the scheduler's figures beside anchors and targets: TRACE=openb|philly|FILE DATA=folder
+	@$(PYTHON) -m bench.scheduler $(if $(TRACE),--trace $(TRACE)) $(if $(DATA),--data $(DATA))
 
 conformance: setup ## clients nobody here wrote: TRITON_EXAMPLES=a checkout of Triton's client repository
 	@$(PYTHON) -m tests.conformance.run

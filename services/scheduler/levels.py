@@ -6,7 +6,7 @@ Jobs of one level keep their turn, so nobody is evicted for an equal. Tiresias (
 and GPU time; new here are the bound on waiting and, above all, the order of victims: see `loss`.
 
 Replayed on Philly's 1 to 14 October (docs/scheduler.md), the mean wait hardly depends on where the
-levels are: 123 to 128 s for seven sets of thresholds of 0.1 to 256 GPU hours.
+levels are: 123 to 128 s for nine sets of thresholds from 0.1 to 256 GPU hours.
 """
 
 from bisect import bisect_right

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from leptonic import bench as benchmarks
 from leptonic import compose, fashion, launch, replicas, show, stackfile, story
 from leptonic import demo as digits
 from leptonic import doctor as machine
@@ -365,15 +365,15 @@ def doctor(session: Session) -> None:
 
 
 @verb
-def bench(session: Session) -> None:
-    """Measure the doors as ratios to the bare servers below them."""
-    root = launch.platform_root()
+@click.argument("what", type=click.Choice(["doors", "scheduler"]), default="doors")
+@click.option("--trace", default="", help="scheduler: openb, philly or a file of jobs.")
+@click.option("--data", type=click.Path(path_type=Path), help="scheduler: holds openb, philly.")
+def bench(session: Session, what: str, trace: str, data: Path | None) -> None:
+    """Measure the doors as ratios to the bare servers below them, or the scheduler on traces."""
     output = sys.stderr if session.as_json else None
-    done = subprocess.run([sys.executable, "-m", "bench"], cwd=root, stdout=output, check=False)
-    if done.returncode:
-        raise Error(f"the benchmark ended with {done.returncode}")
+    figures = benchmarks.measure(launch.platform_root(), what, trace, data, output)
     if session.as_json:
-        click.echo((root / "bench" / "results.json").read_text(), nl=False)
+        click.echo(figures.read_text(), nl=False)
 
 
 @verb
