@@ -15,7 +15,18 @@ INT64 = frozenset(
 )  # fmt: skip
 """Every int64 field of the protos, and the map whose values are; a test compares."""
 STRUCTS = frozenset(
-    {"batching", "checks", "inputs", "label", "manifest", "outputs", "result", "schema", "spec"}
+    {
+        "autoscaling",
+        "batching",
+        "checks",
+        "inputs",
+        "label",
+        "manifest",
+        "outputs",
+        "result",
+        "schema",
+        "spec",
+    }
 )
 """Every field that holds free JSON: its strings are left as they are; a test compares."""
 EXACT_MAX = 1 << 53

@@ -82,6 +82,9 @@ class Platform:
     async def SubmitJob(self, request: Any, _: Any) -> Any:
         return scheduler.Job()
 
+    async def SubmitJobs(self, request: Any, _: Any) -> Any:
+        return scheduler.SubmitJobsResponse()
+
     async def CancelJob(self, request: Any, _: Any) -> Any:
         return scheduler.Job()
 
