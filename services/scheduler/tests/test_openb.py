@@ -101,14 +101,16 @@ def test_what_is_decided_for_a_pod_does_not_depend_on_those_after_it() -> None:
     assert replay(MACHINES, pods[:50]) == replay(MACHINES, pods)[:50]
 
 
-def allocated(policy: str, seed: int) -> int:
+def allocated(policy: str, seed: int, learns: bool = False) -> int:
     run = Replay(MACHINES, policy)
+    run.learns = learns
     placed = (pod.shape for pod in stream(seed, 120) if run.place(pod.shape) is not None)
     return sum(shape.gpus * shape.gpu_milli for shape in placed)
 
 
-def test_learning_from_arrivals_packs_more_than_best_fit() -> None:
-    learned = sum(allocated("priced", seed) for seed in range(10))
+def test_learning_from_arrivals_packs_more_than_knowing_nothing_and_than_best_fit() -> None:
+    learned = sum(allocated("priced", seed, learns=True) for seed in range(10))
+    assert learned > sum(allocated("priced", seed) for seed in range(10))
     assert learned > sum(allocated("best_fit", seed) for seed in range(10))
 
 
