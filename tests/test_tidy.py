@@ -25,6 +25,7 @@ GRAB_BAGS = {"utils", "util", "helpers", "helper", "common", "base", "misc", "sh
 BROAD = {"Exception", "BaseException"}
 MAY_CATCH_EVERYTHING = {
     "libs/bus/loop.py",  # whatever happened becomes a retry or a dead letter
+    "services/scheduler/writer.py",  # a defect goes to who met it, the rest of its batch goes on
     "services/inference/busdoor.py",  # a bug becomes an answer
     "services/inference/rpc.py",  # a servicer's bug becomes a status
     "services/inference/served.py",  # a model's thread goes on

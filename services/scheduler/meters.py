@@ -14,6 +14,8 @@ from services.scheduler.nodes import HEALTH, HEALTHY
 
 MILLI = 1000
 MIB = 1 << 20
+NODES_TOLD_MAX = 500
+"""Of more nodes than these only totals are told: 5,000 of them are 25,000 series, 0.25 s to set."""
 WAITS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 86_400)
 LEADS = Gauge("leptonic_scheduler_leads", "1 for the scheduler that decides, 0 for a standby")
 NODES = Gauge("leptonic_scheduler_nodes", "Nodes in each state of health", ["state"])
@@ -62,6 +64,8 @@ def show_nodes(scheduler: Scheduler) -> None:
     states = Tally(node.state for node in scheduler.nodes.values())
     for state in HEALTH:
         NODES.labels(state).set(states[state])
+    if len(scheduler.nodes) > NODES_TOLD_MAX:
+        return
     for name, node in scheduler.nodes.items():
         NODE_HEALTHY.labels(name).set(node.state == HEALTHY)
         CORES.labels(name).set(node.capacity.cpu_milli / MILLI)

@@ -73,7 +73,7 @@ class Dying:
                 continue
             try:
                 yield waits_for
-            except BaseException as error:
+            except (Exception, asyncio.CancelledError) as error:
                 thrown = error
 
 

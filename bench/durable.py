@@ -1,0 +1,277 @@
+"""What the scheduler makes durable through its door, and how soon it is back.
+
+A scheduler process on a real Postgres and a real NATS (every message synced), with 5,000 nodes
+that speak twice a second. Floors of the same run: the log lines and outbox rows that it wrote,
+copied again in transactions as large, and an empty grpc.aio echo. `python -m bench.durable`.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any
+
+import grpc
+import httpx
+import psycopg
+import uvloop
+
+from bench.fleet import Fleet
+from libs.contracts.protos.scheduler_pb2 import (
+    GetJobRequest,
+    Resources,
+    SubmitJobRequest,
+    SubmitJobsRequest,
+)
+from libs.contracts.protos.scheduler_pb2_grpc import SchedulerStub
+from stack import ports, process, servers
+from stack.testing import Server, eventually
+
+NODES = 5_000
+CPU_MILLI = 64_000
+ONE_AT_A_TIME, TOGETHER = 10_000, 90_000
+"""Jobs of a round."""
+BATCH = 500
+IN_FLIGHT = 256
+DRAINED = 5_000
+PASSWORD = "bench"  # noqa: S105 - of a server on loopback that lives for a run
+READY_S = 120
+LOOK_S = 0.25
+Row = dict[str, str]
+
+
+@dataclass
+class World:
+    folder: Path
+    nats: str
+    dsn: str
+    postgres: Server
+    connection: psycopg.AsyncConnection[Any]
+
+    def scheduler(self) -> Server:
+        http, rpc = ports.free(2)
+        environment = {
+            "LEPTONIC_NATS_URL": self.nats,
+            "LEPTONIC_POSTGRES_DSN": self.dsn,
+            "LEPTONIC_SCHEDULER_HTTP_PORT": str(http),
+            "LEPTONIC_SCHEDULER_GRPC_PORT": str(rpc),
+            "LEPTONIC_LOG_LEVEL": "WARNING",
+        }
+
+        async def ready() -> bool:
+            with contextlib.suppress(httpx.HTTPError):
+                async with httpx.AsyncClient() as client:
+                    answer = await client.get(f"http://127.0.0.1:{http}/health/ready")
+                    return answer.status_code == httpx.codes.OK
+            return False
+
+        program = process.Program(
+            name="scheduler",
+            command=(sys.executable, "-m", "services.scheduler"),
+            ready=ready,
+            doors=(rpc,),
+            environment=environment,
+        )
+        return Server(program, self.folder / f"scheduler-{rpc}.log")
+
+    async def one(self, query: str, *parameters: Any) -> Any:
+        row = await (await self.connection.execute(query.encode(), parameters)).fetchone()
+        assert row is not None
+        return row[0]
+
+    async def until(self, query: str, *parameters: Any) -> None:
+        """It answers true."""
+        deadline = monotonic() + READY_S
+        while not await self.one(query, *parameters):
+            assert monotonic() < deadline, query
+            await asyncio.sleep(LOOK_S)
+
+
+@contextlib.asynccontextmanager
+async def world() -> AsyncIterator[World]:
+    with tempfile.TemporaryDirectory(prefix="leptonic-durable-") as name:
+        folder = Path(name)
+        nats, postgres = ports.free(2)
+        bus = Server(servers.nats(folder / "nats", nats), folder / "nats.log")
+        db = Server(servers.postgres(folder / "postgres", postgres, PASSWORD), folder / "pg.log")
+        async with contextlib.AsyncExitStack() as stack:
+            for server in (bus, db):
+                await server.start()
+                stack.push_async_callback(server.stop)
+            dsn = servers.postgres_dsn(postgres, PASSWORD)
+            connecting = psycopg.AsyncConnection.connect(
+                dsn, autocommit=True, options="-c search_path=scheduler"
+            )
+            connection = await stack.enter_async_context(await connecting)
+            yield World(folder, servers.nats_url(nats), dsn, db, connection)
+
+
+@contextlib.asynccontextmanager
+async def running(server: Server) -> AsyncIterator[SchedulerStub]:
+    await server.start()
+    try:
+        (port,) = server.program.doors
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield SchedulerStub(channel)
+    finally:
+        await server.stop()
+
+
+def job(number: int, prefix: str) -> SubmitJobRequest:
+    small = Resources(cpu_milli=1000, memory_mib=512)
+    return SubmitJobRequest(project="p", job=f"{prefix}-{number}", kind="train", resources=small)
+
+
+async def submit(stub: SchedulerStub, count: int, batch: int, prefix: str) -> float:
+    """Jobs/s, each answered after it is durable."""
+    window = asyncio.Semaphore(IN_FLIGHT if batch == 1 else 4)
+    jobs = [job(number, prefix) for number in range(count)]
+    calls: Iterable[Any] = (
+        jobs
+        if batch == 1
+        else [SubmitJobsRequest(jobs=jobs[at : at + batch]) for at in range(0, count, batch)]
+    )
+    call: Any = stub.SubmitJob if batch == 1 else stub.SubmitJobs
+
+    async def one(request: Any) -> None:
+        async with window:
+            await call(request)
+
+    began = perf_counter()
+    await asyncio.gather(*(one(request) for request in calls))
+    return count / (perf_counter() - began)
+
+
+async def echo(count: int) -> float:
+    """Calls/s of an empty grpc.aio server, with as many under way."""
+    program = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.echo", stdout=asyncio.subprocess.PIPE
+    )
+    assert program.stdout is not None
+    port = int(await program.stdout.readline())
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            window = asyncio.Semaphore(IN_FLIGHT)
+
+            async def one() -> None:
+                async with window:
+                    await call(b"x" * 60)
+
+            await asyncio.gather(*(one() for _ in range(500)))
+            began = perf_counter()
+            await asyncio.gather(*(one() for _ in range(count)))
+            return count / (perf_counter() - began)
+    finally:
+        program.kill()
+        await program.wait()
+
+
+async def copied(world: World, count: int, lines: int) -> float:
+    """Jobs/s of a bare COPY of as many log lines and outbox rows, `lines` a transaction."""
+    log = (0.0, "JobSubmitted", b"x" * 300, "d" * 64)
+    out = ("events.p.attempt.placed", b"x" * 550, "")
+    connection = world.connection
+    await connection.execute("create table floor_log (like log including all)")
+    await connection.execute(
+        "create table floor_out (id bigint generated always as identity primary key, "
+        "event text unique, subject text, payload bytea, place text)"
+    )
+    began = perf_counter()
+    for at in range(0, count, lines):
+        async with connection.transaction(), connection.cursor() as cursor:
+            async with cursor.copy("copy floor_log from stdin") as copy:
+                for number in range(at, at + lines):
+                    await copy.write_row((number, *log))
+            columns = b"copy floor_out (event, subject, payload, place) from stdin"
+            async with cursor.copy(columns) as copy:
+                for number in range(at, at + lines):
+                    await copy.write_row((f"{number:036}", *out))
+    return count / (perf_counter() - began)
+
+
+async def throughput(world: World, stub: SchedulerStub) -> list[Row]:
+    await world.until("select count(*) >= %s from log where name = 'Heartbeat'", NODES)
+    single = await submit(stub, ONE_AT_A_TIME, 1, "one")
+    many = await submit(stub, TOGETHER, BATCH, "many")
+    logged = await world.one("select count(*) from log where name = 'JobSubmitted'")
+    assert logged == ONE_AT_A_TIME + TOGETHER, logged
+    left, began = await world.one("select count(*) from outbox"), perf_counter()
+    await world.until("select count(*) < %s from outbox", max(1, left - DRAINED))
+    drained = min(left, DRAINED) / (perf_counter() - began)
+    floor = await copied(world, ONE_AT_A_TIME, 256)
+    bare = await echo(ONE_AT_A_TIME)
+    copy = "the same rows by COPY"
+    return [
+        row(f"durable jobs/s, SubmitJobs of {BATCH}, {NODES:,} nodes", many, floor, copy),
+        row(f"durable jobs/s, SubmitJob, {IN_FLIGHT} under way", single, bare, "an empty echo"),
+        row("events/s from the outbox to the bus", drained, floor, copy),
+    ]
+
+
+async def answered(stub: SchedulerStub, began: float) -> float:
+    """Seconds until a job is told about."""
+    await stub.GetJob(GetJobRequest(project="p", job="one-0"), wait_for_ready=True)
+    return perf_counter() - began
+
+
+async def elsewhere(stub: SchedulerStub, fleet: Fleet) -> float:
+    """Seconds from a node's last word until its work is placed on another."""
+    asked = GetJobRequest(project="p", job="one-0")
+    before = (await stub.GetJob(asked)).node
+    began = perf_counter()
+    del fleet.beats[before]
+
+    async def has_moved() -> bool:
+        return (await stub.GetJob(asked)).node not in (before, "")
+
+    await eventually(has_moved, READY_S)
+    return perf_counter() - began
+
+
+async def measure() -> list[Row]:
+    async with world() as one, Fleet(one.nats, NODES, CPU_MILLI) as fleet:
+        first, second, third = (one.scheduler() for _ in range(3))
+        async with running(first) as stub:
+            found = await throughput(one, stub)
+            moved = await elsewhere(stub, fleet)
+            async with running(second) as standby:
+                began = perf_counter()
+                await first.kill()
+                failover = await answered(standby, began)
+                await second.kill()
+        began = perf_counter()
+        async with running(third) as stub:
+            restart = await answered(stub, began)
+            known = await one.one("select max(number) from job")
+    return [
+        *found,
+        seconds("dead node to its work placed elsewhere, s", moved, 5.0),
+        seconds(f"kill -9 to a standby's answer, {known:,} jobs, s", failover, 2.0),
+        seconds(f"start to answer after kill -9, {known:,} jobs, s", restart, 2.0),
+    ]
+
+
+def seconds(what: str, ours: float, target: float) -> Row:
+    figures = {"ours": f"{ours:.2f}", "floor": f"{target:.2f}", "ratio": f"{ours / target:.2f}"}
+    return {"what": what, **figures, "against": "the target"}
+
+
+def row(what: str, ours: float, floor: float, against: str) -> Row:
+    figures = {"ours": f"{ours:,.0f}", "floor": f"{floor:,.0f}", "ratio": f"{ours / floor:.2f}"}
+    return {"what": what, **figures, "against": against}
+
+
+def rows() -> list[Row]:
+    return uvloop.run(measure())
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    for one in rows():
+        print(f"{one['what']:<58} {one['ours']:>12} {one['floor']:>12} {one['ratio']:>8}")
