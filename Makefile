@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(CURDIR)/.venv/bin/python
 export PYTHON
 
-.PHONY: help setup demo test test-resilience test-long test-rolling soak test-compose chaos images-offline native native-sanitized check bench bench-peers bench-scheduler conformance generate format clean
+.PHONY: help setup demo test test-resilience test-long test-rolling test-crash soak test-compose chaos images-offline native native-sanitized check bench bench-peers bench-scheduler conformance generate format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,9 @@ test-resilience: setup ## every service replaced under load, faults, two Ray nod
 
 test-long: setup ## minutes of training on real data: the articles' case
 	@$(PYTHON) -m pytest -m "long and not compose" -s services libs
+
+test-crash: setup ## the scheduler killed at 1,000 points of its writer, and its process 50 times
+	@$(PYTHON) -m pytest -m long -s services/scheduler/tests/test_crash.py
 
 soak: setup ## two million answers of one server over each front, its memory flat: SOAK_ANSWERS=2000000
 	@$(PYTHON) -m pytest -m long -s tests/test_soak.py
