@@ -17,8 +17,9 @@ class Head:
 
     Of its own queue: what has a lower priority, or by levels of service, as the queue says. Of its
     cohort: what another queue runs on borrowed resources, as long as the claim's queue keeps
-    within its own with it, and after the grace that its queue grants. Nobody gives way to a job
-    that was evicted by the very stimulus that is being handled, nor what that has placed.
+    within its own with it, and after the grace that its queue grants; among queues by attained
+    service what is borrowed goes from level to level as within one queue. Nobody gives way to a
+    job that was evicted by the very stimulus that is being handled, nor what that has placed.
 
     What does not depend on the victim is asked once: of hundreds of victims it is the same.
     """
@@ -49,19 +50,26 @@ class Head:
             return False
         if victim.request.queue == self.queue:
             return self.may_pass(victim, placement.rank)
-        if not self.reclaims or (self.spec.reclaim == "lower" and placement.rank >= self.rank):
-            return False
         other = self.book.specs.get(victim.request.queue)
-        if other is None or other.cohort != self.spec.cohort:
+        if other is None or not self.spec.cohort or other.cohort != self.spec.cohort:
             return False
-        return self.book.quota.borrows(other.queue, self.claim.amounts)
+        if not self.book.quota.borrows(other.queue, self.claim.amounts):
+            return False
+        if self.reclaims and (self.spec.reclaim == "any" or placement.rank < self.rank):
+            return True
+        both = self.spec.order == other.order == "attained" and self.spec.reclaim != "never"
+        return both and self.outranks(victim)
 
     def may_pass(self, victim: Job, rank: int) -> bool:
         """In its own queue."""
         assert self.spec is not None
         if self.spec.within_queue == "lower" and rank < self.rank:
             return True
-        if self.spec.order != "attained" or victim.request.priority != self.priority:
+        return self.spec.order == "attained" and self.outranks(victim)
+
+    def outranks(self, victim: Job) -> bool:
+        """By levels of service."""
+        if victim.request.priority != self.priority:
             return False
         return levels.may_rotate(self.standing, victim.standing(self.book.now))
 

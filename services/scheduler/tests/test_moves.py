@@ -1,5 +1,7 @@
 """Small jobs move together for a gang, which costs nobody a wait; the ledger watches."""
 
+import pytest
+
 from libs.contracts.events import JobRequested, Resources
 from services.scheduler.ledger import Ledger
 from services.scheduler.levels import LEVELS_GPU_S
@@ -23,12 +25,20 @@ class World(Simulator):
             self.hear(event)
 
 
-def work(job: str, gpus: int, at_s: float, duration_s: float, *, preemptible: bool = True) -> Work:
+def work(
+    job: str,
+    gpus: int,
+    at_s: float,
+    duration_s: float,
+    *,
+    preemptible: bool = True,
+    queue: str = "shared",
+) -> Work:
     request = JobRequested(
         project="trace",
         job=job,
         kind="train",
-        queue="shared",
+        queue=queue,
         resources=Resources(cpu_milli=1, memory_mib=1, gpu_milli=1000, gpus=gpus),
         preemptible=preemptible,
     )
@@ -83,3 +93,25 @@ def test_who_sank_makes_way_and_goes_on_where_it_was() -> None:
     assert courses["other"].preemptions == 1
     assert courses["other"].wait_s == 60.0
     assert courses["other"].delay_s == 60.0 + 7.0
+
+
+@pytest.mark.parametrize(("nominal", "waits_s"), [(0, 0.0), (16_000, 549.0)])
+def test_what_is_borrowed_goes_from_level_to_level(nominal: int, waits_s: float) -> None:
+    """And what a queue has of its own stays, however far its jobs have sunk."""
+    shares = {"old": nominal, "new": 0, "idle": 16_000 - nominal}
+    specs = [
+        QueueSpec(
+            queue=queue,
+            cohort="all",
+            nominal={"gpu_milli": milli},
+            order="attained",
+            reclaim="any",
+        )
+        for queue, milli in shares.items()
+    ]
+    world = World(*(QueueApplied(spec) for spec in specs))
+    long_s = 2 * (LEVELS_GPU_S[0] / 8 + 100)
+    works = [work(f"long-{i}", 8, 1.0, long_s, queue="old") for i in range(2)]
+    short = work("short", 8, 552.0, 60.0, queue="new")
+    courses = {course.work.request.job: course for course in world.run([*works, short])}
+    assert courses["short"].wait_s == waits_s
