@@ -221,16 +221,20 @@ def knapsack(sizes: Sequence[int], values: Sequence[float]) -> tuple[list[float]
     a smaller one is filled like that one and then the rest is left: `last` names what fills it.
     """
     unit = math.gcd(GPU_MILLI, *sizes)
-    units = [size // unit for size in sizes]
-    best, last = [0.0], [-1]
-    for part in range(1, GPU_MILLI // unit + 1):
-        top, item = best[-1], last[-1]
-        for i, need in enumerate(units):
-            if need <= part and best[part - need] + values[i] > top:
-                top, item = best[part - need] + values[i], i
-        best.append(top)
-        last.append(item)
-    return best, last
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+    units = np.array([sizes[i] // unit for i in order], np.int64)
+    gains = np.array([values[i] for i in order])
+    parts = np.arange(GPU_MILLI // unit + 1)
+    best, last = np.zeros(len(parts)), np.full(len(parts), -1)
+    for part, fitting in enumerate(np.searchsorted(units, parts, side="right").tolist()):
+        if part:
+            best[part], last[part] = best[part - 1], last[part - 1]
+        if fitting:
+            filled = best[part - units[:fitting]] + gains[:fitting]
+            item = int(filled.argmax())
+            if filled[item] > best[part]:
+                best[part], last[part] = filled[item], order[item]
+    return best.tolist(), last.tolist()
 
 
 # --- the tables
