@@ -77,7 +77,7 @@ class Node(Agent):
         self.seen = 0
 
     async def work(self) -> None:
-        while True:
+        while not self.silenced.is_set():
             subject = "events.*.attempt.placed"
             for one in await self.bus.read(EVENTS, subject, self.seen, 100):
                 _, placed = decode(one.payload)
@@ -86,7 +86,8 @@ class Node(Agent):
                 done = AttemptSucceeded(**about(placed), result={"token": placed.token})
                 await self.service.publish(done, id=f"d{placed.token}")
                 self.seen = one.sequence
-            await asyncio.sleep(BEAT_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.silenced.wait(), BEAT_S)
 
 
 async def submit(service: Service, name: str) -> None:
