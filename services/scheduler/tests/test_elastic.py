@@ -23,6 +23,7 @@ from services.scheduler.stimuli import (
     Deployed,
     Heartbeat,
     JobSubmitted,
+    Load,
     Running,
     Scaled,
     Stimulus,
@@ -208,6 +209,29 @@ def test_from_zero_it_is_another_job() -> None:
     (placed,) = world.scale(1)
     assert isinstance(placed, AttemptPlaced)
     assert (placed.job, placed.node) == ("serve-digits.2", "a")
+
+
+def test_only_decisions_are_logged() -> None:
+    """Each node says its load twice a second, and each look decides something."""
+    world = World("a")
+    world.deploy()
+    lines = len(world.log)
+    for milli in range(50):
+        world.do(
+            Heartbeat(
+                node="a",
+                incarnation="1",
+                kinds=["serve", "train"],
+                capacity=Resources(1000, 4096),
+                running=[Running("default", "serve-digits", 1, 1)],
+                labels={NODE_LABEL: "a"},
+                loads=[Load(*KEY, milli)],
+            )
+        )
+        world.scale(1)
+    assert len(world.log) == lines
+    world.scale(1, spare=1)
+    assert len(world.log) == lines + 1
 
 
 def test_other_bounds_hold_at_once_and_an_older_generation_says_nothing() -> None:
