@@ -78,7 +78,7 @@ class Book:
         self.jobs: dict[Key, Job] = {}
         self.nodes: dict[str, Node] = {}
         """By name, sorted."""
-        self.pool = pool.make()
+        self.pool = pool.make("priced")
         self.lines = Lines()
         self.quota = Quota()
         self.finished: deque[Key] = deque()
@@ -167,6 +167,7 @@ class Book:
                 rank=part.rank,
                 gpus=[list(gpus) for gpus in part.gpus] if job.gpu_milli else [],
                 gang=gang,
+                resources=job.request.resources,
             )
             self.decided.append(placed)
 

@@ -42,10 +42,13 @@ from services.scheduler.jobs import (
 from services.scheduler.lines import Lines
 from services.scheduler.nodes import HEALTHY, NOTHING, SILENT_S, UNHEALTHY, Node
 from services.scheduler.placement import adopt, explain
+from services.scheduler.scores import Prices
+from services.scheduler.shapes import Shape
 from services.scheduler.stimuli import (
     Deployed,
     Heartbeat,
     JobSubmitted,
+    Planned,
     QueueApplied,
     QueueDeleted,
     QueueSpec,
@@ -54,6 +57,7 @@ from services.scheduler.stimuli import (
     Stimulus,
     Tick,
 )
+from services.scheduler.typical import FIRST_ARRIVALS, Typical
 
 FINISHED_MAX = 10_000
 """Ended jobs that are remembered; the oldest are forgotten first."""
@@ -72,6 +76,11 @@ class State(msgspec.Struct, kw_only=True):
     reservation: Reservation | None = None
     looked_at: float = 0.0
     deployments: list[Deployment] = []
+    prices: Prices = Prices()
+    typical: list[tuple[Shape, int]] = []
+    """What came lately and how often, the oldest first."""
+    arrivals: int = 0
+    plan_due_at: int = FIRST_ARRIVALS
 
 
 class Scheduler(Fleet):
@@ -81,6 +90,8 @@ class Scheduler(Fleet):
         super().__init__()
         self.sequence = 0
         """Stimuli handled so far."""
+        self.typical = Typical()
+        self.prices = Prices()
 
     def handle(self, stimulus: Stimulus, now: float) -> list[Event]:
         """Moves the state by one stimulus; returns what is to be said, in order."""
@@ -126,6 +137,8 @@ class Scheduler(Fleet):
         if field:
             job.request = msgspec.structs.replace(job.request, spec={})
             self.move(job, FAILED, Cause(reason=f"{field}: {problem}"))
+        else:
+            self.typical.note(job.ask.shape, job.ask.workers)
 
     def on_cancelled(self, cancelled: JobCancelled) -> None:
         """A job cancelled before it was asked for never starts: events may overtake."""
@@ -205,6 +218,11 @@ class Scheduler(Fleet):
     def on_scaled(self, scaled: Scaled) -> None:
         elastic.scale(self, scaled)
 
+    def on_planned(self, planned: Planned) -> None:
+        self.prices = planned.prices
+        self.pool.price(planned.prices)
+        self.typical.planned()
+
     def set_specs(self, specs: dict[str, QueueSpec]) -> None:
         """Who stands where in line follows from the queue, so all stand in line again."""
         self.changes += 1
@@ -273,6 +291,10 @@ class Scheduler(Fleet):
             reservation=self.reservation,
             looked_at=self.looked_at,
             deployments=list(self.deployments.values()),
+            prices=self.prices,
+            typical=list(self.typical.counts.items()),
+            arrivals=self.typical.arrivals,
+            plan_due_at=self.typical.due_at,
         )
 
     def validate(self) -> None:
@@ -290,6 +312,10 @@ def restore(state: State) -> Scheduler:
     scheduler.finished.extend(state.finished)
     scheduler.deployments = {one.key: one for one in state.deployments}
     scheduler.quota.apply(state.specs)
+    scheduler.typical = Typical(dict(state.typical), state.arrivals, state.plan_due_at)
+    if state.prices != scheduler.prices:
+        scheduler.prices = state.prices
+        scheduler.pool.price(state.prices)
     for node in sorted(state.nodes, key=lambda node: node.node):
         node.allocated = NOTHING
         scheduler.nodes[node.node] = node
@@ -335,4 +361,5 @@ STIMULI: dict[type[Stimulus], Callable[[Scheduler, Any], None]] = {
     Scaled: Scheduler.on_scaled,
     QueueApplied: Scheduler.on_queue_applied,
     QueueDeleted: Scheduler.on_queue_deleted,
+    Planned: Scheduler.on_planned,
 }

@@ -16,7 +16,7 @@ from psycopg.rows import DictRow
 
 from libs.bus import Bus, loop
 from libs.database import TRANSIENT
-from services.scheduler import lease, meters
+from services.scheduler import lease, meters, planning
 from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
 from services.scheduler.scaler import Scaler
@@ -76,6 +76,7 @@ async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow
         group.create_task(pulse.tick())
         group.create_task(pulse.scaler.run())
         group.create_task(tell(context.writer))
+        group.create_task(planning.plan(context.writer))
 
 
 async def tell(writer: Writer) -> None:

@@ -17,6 +17,7 @@ from libs.contracts.events import (
     JobRequested,
     Resources,
 )
+from services.scheduler.scores import Prices
 
 AMOUNT_MAX = 1 << 48
 """Of one resource, so that sums fit an int64."""
@@ -137,6 +138,12 @@ class QueueDeleted(msgspec.Struct, frozen=True):
     queue: str
 
 
+class Planned(msgspec.Struct, frozen=True):
+    """The planner's prices (`planner.py`): what placement goes by from now on."""
+
+    prices: Prices
+
+
 Stimulus = (
     JobSubmitted
     | JobCancelled
@@ -149,6 +156,7 @@ Stimulus = (
     | Scaled
     | QueueApplied
     | QueueDeleted
+    | Planned
 )
 BY_NAME: dict[str, type[Stimulus]] = {kind.__name__: kind for kind in get_args(Stimulus)}
 

@@ -6,6 +6,7 @@ Every rule has its number here; that none is ever broken in company is `test_led
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from libs.contracts.events import (
@@ -17,11 +18,14 @@ from libs.contracts.events import (
     JobRequested,
     Resources,
 )
-from services.scheduler.domain import Scheduler
+from services.scheduler import planner, planning
+from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.ledger import Ledger
+from services.scheduler.scores import Prices
 from services.scheduler.stimuli import (
     Heartbeat,
     JobSubmitted,
+    Planned,
     QueueApplied,
     QueueSpec,
     Stimulus,
@@ -267,3 +271,19 @@ def follow(
     reservation = cluster.scheduler.reservation
     if reservation is not None:
         promised.setdefault(reservation.job, reservation.at)
+
+
+def test_a_plan_s_prices_are_part_of_the_state() -> None:
+    cluster = Cluster(4, 4)
+    for number in range(20):
+        cluster.submit(f"j{number}", gpus=1 + number % 2)
+    scheduler = cluster.scheduler
+    given = planning.wanted(scheduler)
+    assert given is not None, "20 came, 16 are enough for the first plan"
+    cluster.tell(Planned(planner.plan(*given).prices))
+    assert planning.wanted(scheduler) is None
+    frozen = msgspec.json.encode(scheduler.snapshot())
+    again = restore(msgspec.json.decode(frozen, type=State))
+    assert again.prices == scheduler.prices != Prices()
+    assert msgspec.json.encode(again.snapshot()) == frozen
+    assert again.typical == scheduler.typical
