@@ -1,0 +1,411 @@
+"""The cheapest changes that would place a waiting job next, each tried on a copy of the scheduler.
+
+A change is proposed from what the job lacks (how much quota, whose room), and then happens to a
+copy: by the same stimuli, through the same decisions. Where others take what was freed, the next
+proposal is made in that world, until the job is placed. What was proposed too much is taken away
+again, one by one, each time on a fresh copy: so k would place it and k - 1 would not.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
+
+from services.scheduler import preempt
+from services.scheduler.book import Claim
+from services.scheduler.changes import (
+    END,
+    HEAL,
+    NODE,
+    PRIORITY,
+    QUOTA,
+    Change,
+    again,
+    raised,
+    spoken,
+    stimuli_of,
+)
+from services.scheduler.domain import Scheduler, State, restore
+from services.scheduler.jobs import LIVE, PRIORITY_MAX, TERMINAL, WAITING, Ask, Job, Key
+from services.scheduler.nodes import HEALTHY
+from services.scheduler.quota import Quota
+from services.scheduler.shapes import GPU_MILLI, GPUS_MAX, Machine, admits, room
+
+STRATEGIES = (
+    (QUOTA,),
+    (HEAL,),
+    (QUOTA, HEAL),
+    (PRIORITY,),
+    (END,),
+    (QUOTA, END),
+    (PRIORITY, END),
+    (QUOTA, NODE),
+)
+"""What each advice may consist of."""
+OWN = "own"
+"""Proposes quota, too: so much that the job borrows nothing, and so stands before who does."""
+LAST_RESORTS = ((PRIORITY, OWN, END), (PRIORITY, OWN, NODE))
+"""Where so many come first that none of the others places it."""
+ROUNDS_MAX = 12
+TRIED_BYTES_MAX = 256 << 20
+"""Of all copies for one job. A copy of 100 jobs is 30 kB; of 100,000 it is 30 MB and takes 2 s."""
+ADDED = "added-"
+"""How the nodes are called that would have to be added."""
+
+
+class Advice(msgspec.Struct, frozen=True):
+    changes: list[Change]
+    cost: tuple[int, ...] = ()
+    """Compared from the left: nodes added, jobs that run and would end (by the advice or evicted),
+    of these GPU seconds and seconds lost, all jobs that would end, changes."""
+    says: str = ""
+
+
+class World:
+    """The scheduler after some changes: a copy, to try out."""
+
+    def __init__(self, state: bytes, key: Key, now: float) -> None:
+        self.scheduler = restore(msgspec.msgpack.decode(state, type=State))
+        self.key, self.now = key, now
+        self.asked_again = False
+
+    @property
+    def job(self) -> Job:
+        return self.scheduler.jobs[self.key]
+
+    def is_placed(self) -> bool:
+        return self.job.state in LIVE
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            told = list(stimuli_of(self.scheduler, self.job, change))
+            if change.kind == PRIORITY:
+                self.key, self.asked_again = (self.key[0], again(self.job)), True
+            for stimulus in told:
+                self.scheduler.handle(stimulus, self.now)
+
+
+class Trial:
+    """What changes would do to one job, each time from the same state."""
+
+    def __init__(self, state: bytes, key: Key, now: float) -> None:
+        self.state, self.key, self.now = state, key, now
+        self.tried: dict[tuple[Change, ...], bool] = {}
+        self.left_bytes = TRIED_BYTES_MAX
+
+    @property
+    def is_spent(self) -> bool:
+        return self.left_bytes <= 0
+
+    def after(self, changes: Sequence[Change]) -> World:
+        self.left_bytes -= len(self.state)
+        world = World(self.state, self.key, self.now)
+        world.apply(changes)
+        return world
+
+    def places(self, changes: Sequence[Change]) -> bool:
+        """Where too much was tried already nothing more is: no is the safe answer, for what is
+        asked here is always whether less would do.
+        """
+        key = tuple(changes)
+        if key not in self.tried:
+            if self.is_spent:
+                return False
+            self.tried[key] = self.after(changes).is_placed()
+        return self.tried[key]
+
+
+def copy_of(scheduler: Scheduler) -> bytes:
+    """What decisions follow from: all but the jobs that have ended."""
+    state = scheduler.snapshot()
+    state.jobs = [job for job in state.jobs if job.state not in TERMINAL]
+    state.finished = []
+    return msgspec.msgpack.encode(state)
+
+
+# --- proposals: what the job lacks in a world
+
+
+def propose_quota(world: World) -> list[Change]:
+    """The smallest raise of each resource that some claim lacks; of the claim that then has room,
+    else that lacks the least."""
+    book, job = world.scheduler, world.job
+    queue = job.request.queue
+    found: list[tuple[bool, int, list[Change]]] = []
+    for claim in book.claims(job):
+        changes = [
+            Change(kind=QUOTA, queue=queue, resource=name, by=smallest_raise(book, queue, name, n))
+            for name, n in claim.amounts.items()
+            if n > book.quota.room(queue, name)
+        ]
+        if changes:
+            no_room = book.spots_for(claim.ask) is None
+            found.append((no_room, sum(one.by for one in changes), changes))
+    return min(found, key=lambda one: one[:2], default=(True, 0, []))[2]
+
+
+def propose_own(world: World) -> list[Change]:
+    """Of the first claim."""
+    book, job = world.scheduler, world.job
+    queue = job.request.queue
+    spec, claim = book.specs.get(queue), next(book.claims(job), None)
+    if spec is None or claim is None:
+        return []
+    lacks = {
+        name: book.quota.has(queue, name) + amount - spec.nominal[name]
+        for name, amount in claim.amounts.items()
+        if name in spec.nominal
+    }
+    return [
+        Change(kind=QUOTA, queue=queue, resource=name, by=by)
+        for name, by in lacks.items()
+        if by > 0
+    ]
+
+
+def smallest_raise(book: Scheduler, queue: str, name: str, amount: int) -> int:
+    """Of a queue's own so that it may take the amount. It may take more the more it has."""
+
+    def enough(by: int) -> bool:
+        tried = Quota()
+        specs = book.specs | {queue: raised(book.specs[queue], name, by)}
+        tried.apply(specs.values())
+        tried.used = book.quota.used
+        return tried.room(queue, name) >= amount
+
+    high = 1
+    while not enough(high):
+        high *= 2
+    return lowest(1, high, enough)
+
+
+def lowest(low: int, high: int, enough: Callable[[int], bool]) -> int:
+    """A number that is enough while the one before it, from `low` on, is not; `high` is enough,
+    and most often the answer.
+    """
+    if low < high and not enough(high - 1):
+        return high
+    while low < high:
+        middle = (low + high) // 2
+        if enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def propose_heal(world: World) -> list[Change]:
+    """The first node that is not Healthy and has room for the whole gang."""
+    book, ask = world.scheduler, world.job.ask
+    for name, node in book.nodes.items():
+        able = node.state != HEALTHY and admits(book.machines[name], ask.shape)
+        if able and room(book.pool.free(name), ask.shape) >= ask.workers:
+            return [Change(kind=HEAL, node=name)]
+    return []
+
+
+def propose_end(world: World) -> list[Change]:
+    """A minimal set of what is placed, so that there is room and quota; those that lose least.
+
+    Where that is nobody, who has a reservation is in front.
+    """
+    book, job = world.scheduler, world.job
+    order = sorted(
+        (one for one in book.jobs.values() if one.placement is not None and not serves(book, one)),
+        key=lambda one: (one.live.rank, -one.live.token),
+    )
+    sets = [
+        found for claim in book.claims(job) if (found := minimal(book, claim, order)) is not None
+    ]
+    if not sets:
+        return []
+    best = min(sets, key=lambda found: (len(found), *loss_of(book, found)))
+    keys = tuple(one.key for one in best)
+    if not keys and book.reservation is not None and book.reservation.job != job.key:
+        keys = (book.reservation.job,)
+    return [Change(kind=END, jobs=keys)] if keys else []
+
+
+def minimal(book: Scheduler, claim: Claim, order: list[Job]) -> list[Job] | None:
+    if preempt.spots_without(book, claim, []) is not None:
+        return []
+    if not order or preempt.spots_without(book, claim, order) is None:
+        return None
+    return preempt.on_one_node(book, claim, order) or preempt.anywhere(book, claim, order)
+
+
+def serves(book: Scheduler, job: Job) -> bool:
+    """A replica that ended would be asked for again at once."""
+    return any(job.request.job in one.jobs for one in book.deployments.values())
+
+
+def loss_of(book: Scheduler, jobs: Sequence[Job]) -> tuple[int, int]:
+    """What they did in this attempt: GPU seconds, seconds."""
+    placed = [job for job in jobs if job.placement is not None]
+    gpu_s = sum(job.attained(book.now) - job.attained_gpu_s for job in placed)
+    return int(gpu_s), int(sum(book.now - job.live.placed_at for job in placed))
+
+
+def propose_priority(world: World) -> list[Change]:
+    """Above all that waits and runs; how much of it is needed is found out by trying."""
+    if world.asked_again:
+        return []
+    book, job = world.scheduler, world.job
+    ranks = [book.rank(one) for one in book.jobs.values() if one.state in (WAITING, *LIVE)]
+    highest = min(PRIORITY_MAX, max(ranks) + 1)
+    if highest <= job.request.priority:
+        return []
+    return [Change(kind=PRIORITY, priority=highest)]
+
+
+def propose_node(world: World) -> list[Change]:
+    """The smallest machine for the whole gang."""
+    book, job = world.scheduler, world.job
+    claims = [one for one in book.claims(job) if book.quota.allows(job.request.queue, one.amounts)]
+    machine = machine_for(claims[0].ask if claims else job.ask, f"{ADDED}{len(book.nodes)}")
+    return [Change(kind=NODE, machine=machine)] if machine.gpus <= GPUS_MAX else []
+
+
+def machine_for(ask: Ask, name: str) -> Machine:
+    shape, gpus = ask.shape, ask.workers * ask.shape.gpus
+    if shape.gpus == 1 and shape.gpu_milli:
+        gpus = -(-ask.workers // (GPU_MILLI // shape.gpu_milli))
+    return Machine(
+        node=name,
+        cpu_milli=ask.workers * shape.cpu_milli,
+        memory_mib=ask.workers * shape.memory_mib,
+        gpus=gpus,
+        gpu_model=shape.gpu_models[0] if shape.gpu_models else "",
+        kinds=(shape.kind,) if shape.kind else (),
+        labels=shape.labels,
+    )
+
+
+PROPOSALS: dict[str, Callable[[World], list[Change]]] = {
+    QUOTA: propose_quota,
+    OWN: propose_own,
+    HEAL: propose_heal,
+    PRIORITY: propose_priority,
+    END: propose_end,
+    NODE: propose_node,
+}
+
+
+# --- the search
+
+
+def advise(trial: Trial) -> list[Advice]:
+    """The cheapest first; [] where no change of these would place it, or none was found in time."""
+    found: dict[tuple[Change, ...], Advice] = {}
+    for strategy in (*STRATEGIES, *LAST_RESORTS):
+        if trial.is_spent or (found and strategy in LAST_RESORTS):
+            break
+        changes = search(trial, strategy)
+        if changes:
+            while (less := smallest(trial, changes)) != changes:
+                changes = less
+            found.setdefault(tuple(changes), priced(trial, changes))
+    return sorted(found.values(), key=lambda one: one.cost)
+
+
+def search(trial: Trial, strategy: Sequence[str]) -> list[Change]:
+    """Changes that place it, or [] after `ROUNDS_MAX` of them."""
+    changes: list[Change] = []
+    for _ in range(ROUNDS_MAX):
+        if trial.is_spent:
+            break
+        world = trial.after(changes)
+        if world.is_placed():
+            return changes
+        more = next((more for kind in strategy if (more := PROPOSALS[kind](world))), [])
+        if not more:
+            return []
+        changes += more
+    return []
+
+
+def smallest(trial: Trial, changes: list[Change]) -> list[Change]:
+    """Without what is not needed, and of what is needed as little as will do."""
+    at = 0
+    while at < len(changes):
+        rest = changes[:at] + changes[at + 1 :]
+        if rest and trial.places(rest):
+            changes = rest
+            continue
+        before, after = changes[:at], changes[at + 1 :]
+        places = partial(places_with, trial, before, after)
+        less = LESS[changes[at].kind](changes[at], places, trial)
+        changes = [*before, less, *after]
+        at += 1
+    return changes
+
+
+Places = Callable[[Change], bool]
+
+
+def places_with(trial: Trial, before: list[Change], after: list[Change], one: Change) -> bool:
+    return trial.places([*before, one, *after])
+
+
+def same(change: Change, places: Places, trial: Trial) -> Change:
+    return change
+
+
+def less_quota(change: Change, places: Places, trial: Trial) -> Change:
+    def enough(by: int) -> bool:
+        return places(msgspec.structs.replace(change, by=by))
+
+    return msgspec.structs.replace(change, by=lowest(1, change.by, enough))
+
+
+def less_priority(change: Change, places: Places, trial: Trial) -> Change:
+    def enough(priority: int) -> bool:
+        return places(msgspec.structs.replace(change, priority=priority))
+
+    low = trial.after([]).job.request.priority + 1
+    return msgspec.structs.replace(change, priority=lowest(low, change.priority, enough))
+
+
+def fewer_jobs(change: Change, places: Places, trial: Trial) -> Change:
+    for key in reversed(change.jobs):
+        rest = tuple(one for one in change.jobs if one != key)
+        fewer = msgspec.structs.replace(change, jobs=rest)
+        if rest and places(fewer):
+            change = fewer
+    return change
+
+
+def smaller_node(change: Change, places: Places, trial: Trial) -> Change:
+    """With fewer GPUs."""
+    machine = change.machine
+    assert machine is not None
+
+    def with_gpus(gpus: int) -> Change:
+        fewer = msgspec.structs.replace(machine, gpus=gpus)
+        return msgspec.structs.replace(change, machine=fewer)
+
+    return with_gpus(lowest(0, machine.gpus, lambda gpus: places(with_gpus(gpus))))
+
+
+LESS: dict[str, Callable[[Change, Places, Trial], Change]] = {
+    QUOTA: less_quota,
+    PRIORITY: less_priority,
+    END: fewer_jobs,
+    HEAL: same,
+    NODE: smaller_node,
+}
+
+
+def priced(trial: Trial, changes: list[Change]) -> Advice:
+    before, after = trial.after([]).scheduler, trial.after(changes).scheduler
+    ended = {key for change in changes for key in change.jobs}
+    for key, job in before.jobs.items():
+        kept = after.jobs[key]
+        if job.state in LIVE and (kept.state, kept.attempt) != (job.state, job.attempt):
+            ended.add(key)
+    jobs = [before.jobs[key] for key in sorted(ended) if key in before.jobs]
+    running = [job for job in jobs if job.placement is not None]
+    before.now = trial.now
+    nodes = sum(change.kind == NODE for change in changes)
+    cost = (nodes, len(running), *loss_of(before, running), len(jobs), len(changes))
+    return Advice(changes, cost, "; ".join(spoken(before, one, ended) for one in changes))
