@@ -236,3 +236,12 @@ def test_silence_counts_only_while_the_scheduler_hears() -> None:
     liveness.heard("b", deaf)
     liveness.heard_itself(deaf + DEAF_S)
     assert liveness.silent(deaf + DEAF_S) == ["a"]
+
+
+def test_an_old_token_is_refused_on_the_same_node_too() -> None:
+    scheduler = Scheduler()
+    old = placed_by(run(scheduler, beat(), request()))
+    new = placed_by(run(scheduler, failed(old, retryable=True)))
+    assert (new.node, new.token) == (old.node, old.token + 1)
+    assert run(scheduler, succeeded(old)) == []
+    assert scheduler.jobs["p", "j"].state == "placed"

@@ -287,3 +287,24 @@ def test_a_plan_s_prices_are_part_of_the_state() -> None:
     assert again.prices == scheduler.prices != Prices()
     assert msgspec.json.encode(again.snapshot()) == frozen
     assert again.typical == scheduler.typical
+
+
+def test_nobody_gives_more_back_than_was_lent() -> None:
+    cluster = Cluster(3)
+    cluster.queue("owner", 2, cohort="c", reclaim="any")
+    cluster.queue("guest", 2, cohort="c")
+    for number in range(3):
+        cluster.submit(f"g{number}", "guest")
+    assert cluster.submit("o2", "owner", 2) == "waiting", "only one of the guest's is lent"
+    assert cluster.submit("o1", "owner", 1) == "placed"
+    assert [cluster.state(f"g{number}") for number in range(3)].count("placed") == 2
+
+
+def test_a_reservation_outlives_a_restart() -> None:
+    cluster = Cluster(4)
+    cluster.submit("runs", gpus=3, duration_s=100)
+    cluster.submit("head", gpus=4)
+    cluster.submit("unknown")
+    frozen = msgspec.json.encode(cluster.scheduler.snapshot())
+    again = restore(msgspec.json.decode(frozen, type=State))
+    assert again.reservation == cluster.scheduler.reservation is not None
