@@ -4,6 +4,7 @@ Every rule has its number here; that none is ever broken in company is `test_led
 """
 
 import random
+import sys
 from typing import Any
 
 import msgspec
@@ -308,3 +309,35 @@ def test_a_reservation_outlives_a_restart() -> None:
     frozen = msgspec.json.encode(cluster.scheduler.snapshot())
     again = restore(msgspec.json.decode(frozen, type=State))
     assert again.reservation == cluster.scheduler.reservation is not None
+
+
+def calls_of(scheduler: Scheduler, stimulus: Stimulus) -> int:
+    """Python and C functions called by one decision."""
+    calls = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        scheduler.handle(stimulus, 1000.0)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_what_a_stimulus_costs_does_not_grow_with_who_waits() -> None:
+    cluster = Cluster(1)
+    cluster.submit("runs")
+
+    def cost(name: str) -> int:
+        resources = Resources(1, 1, 1000, 1)
+        request = JobRequested(project="p", job=name, kind="train", resources=resources)
+        return calls_of(cluster.scheduler, JobSubmitted(request))
+
+    few = [cost(f"few{number}") for number in range(20)]
+    for number in range(2000):
+        cost(f"many{number}")
+    many = [cost(f"more{number}") for number in range(20)]
+    assert max(many) <= max(few)
