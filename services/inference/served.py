@@ -42,6 +42,10 @@ STREAMS_MAX = 64
 """Of one decoupled version at a time; each holds a thread while it waits for its next answer."""
 STREAMS_END_S = 10.0
 """A version that is unloaded leaves its streams so long to come to their end."""
+TOLD_EVERY_S = 0.1
+"""What is noted is told together: whenever the loop's thread is woken it stops the runners."""
+UNTOLD_MAX = 256
+"""More is told at once: callers may trace everything."""
 FULL, CLOSED = 0, -1
 """What `Batcher.join` says instead of a ticket."""
 
@@ -152,6 +156,7 @@ class Served:
         self.loop = asyncio.get_running_loop()
         self.lock = Lock()
         self.blamed = 0
+        self.untold: list[Noted] = []
         self.refused: dict[int, tuple[int, int]] = {}
         """Requests that never joined, as `Counts.failures`."""
         self.streams = 0
@@ -296,8 +301,7 @@ class Served:
             self.retry(batch, f"{type(error).__name__}: {error}")
         else:
             if batch.notes:
-                noted = [self.noted(batch, note, inputs, outputs) for note in batch.notes]
-                self.loop.call_soon_threadsafe(self.tell, noted)
+                self.keep([self.noted(batch, note, inputs, outputs) for note in batch.notes])
 
     def retry(self, batch: Batch, problem: str) -> None:
         """One by one, so that a request fails for itself only."""
@@ -317,6 +321,22 @@ class Served:
             for arrays in (inputs, outputs)
         )
         return Noted(note, given, given_back, monotonic_ns(), batch.rows)
+
+    def keep(self, noted: Sequence[Noted]) -> None:
+        with self.lock:
+            is_first = not self.untold
+            self.untold += noted
+            is_much = len(self.untold) >= UNTOLD_MAX
+        if is_much:
+            self.loop.call_soon_threadsafe(self.tell_noted)
+        elif is_first:
+            self.loop.call_soon_threadsafe(self.loop.call_later, TOLD_EVERY_S, self.tell_noted)
+
+    def tell_noted(self) -> None:
+        with self.lock:
+            noted, self.untold = self.untold, []
+        if noted:
+            self.tell(noted)
 
     def blame(self) -> None:
         with self.lock:
@@ -355,5 +375,6 @@ class Served:
         self.batcher.close()
         for thread in self.threads:
             await asyncio.to_thread(thread.join)
+        self.tell_noted()
         self.pool.shutdown(wait=False)
         await asyncio.to_thread(self.model.close)
