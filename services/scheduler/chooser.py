@@ -19,6 +19,9 @@ from services.scheduler.stimuli import QueueSpec
 NEVER = float("inf")
 LOOK_S = 10.0
 """Between two looks at whom others may be evicted for. What arrives is looked at at once."""
+IDLE_MAX = 16
+"""Rounds, and 4 for each line, in which only the reservation changes hands. An order that is not
+one would go on for ever."""
 Order = tuple[int, int, float, float, int]
 """Smaller is first, and who is first of a line is so by this, too."""
 
@@ -43,9 +46,12 @@ class Chooser(Book):
         """Everything that may be placed now."""
         self.reopen()
         self.keep_reservation()
+        token, idle = self.token, 0
         while self.lines.open:
             self.ask_in_order()
             self.reopen()
+            token, idle = self.token, 0 if self.token != token else idle + 1
+            assert idle <= IDLE_MAX + 4 * len(self.lines.of), "two reservations take turns"
         assert not self.lines.may_evict
 
     def ask_in_order(self) -> None:
