@@ -9,9 +9,10 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from bench import openb, philly
+from bench import edge, openb, philly
 from services.scheduler.traces import BadTrace
 
 DATA = philly.DATA.parent
@@ -33,6 +34,8 @@ TARGETS: dict[str, tuple[str, str]] = {
     "placements/s, priced, 100,000 nodes": ("cached FGD 10,000", "10,000; p99 2,000 us"),
     "gang of 1,024 GPUs": ("-", "<= 50,000"),
     "no room for it": ("-", "<= 5,000"),
+    "edge: above the LP's bound, worst": ("greedy +42-60 %", "<= 1 %"),
+    "edge: us a job": ("-", "<= 20"),
     "durable jobs/s, SubmitJobs": ("Nomad 3,750", ">= 5,000"),
 }
 """Beginning of a row's name -> what others reached, what is wanted."""
@@ -59,6 +62,20 @@ def openb_rows(data: Path) -> list[Row]:
     return rows
 
 
+def edge_rows() -> list[Row]:
+    """Beside the LP's bound, over all instances; the floor is the same in arrival order."""
+    found = edge.rows()
+    ours = [float(one["priced_above_bound_percent"]) for one in found]
+    greedy = [float(one["greedy_above_bound_percent"]) for one in found]
+    times = [float(one["priced_us"]) for one in found]
+    against = f"as they come; {len(found)} instances"
+    return [
+        row("edge: above the LP's bound, worst, %", max(ours), max(greedy), against),
+        row("edge: above the LP's bound, mean, %", fmean(ours), fmean(greedy), against),
+        row("edge: us a job, worst", max(times), 0, "-"),
+    ]
+
+
 def row(what: str, ours: float, floor: float, against: str) -> Row:
     ratio = f"{ours / floor:.4f}" if floor else "-"
     shown = f"{floor:.2f}" if floor else "-"
@@ -82,7 +99,7 @@ def parts(trace: str, data: Path) -> list[Callable[[], list[Row]]]:
         "philly": lambda: philly.rows(data / "philly"),
     }
     if not trace:
-        return [*of_traces.values(), *(rows_of(name) for name in WITHOUT_DATA)]
+        return [*of_traces.values(), edge_rows, *(rows_of(name) for name in WITHOUT_DATA)]
     return [of_traces.get(trace, lambda: philly.of_file(Path(trace)))]
 
 
