@@ -17,6 +17,7 @@ from stack.testing import eventually
 OFFSET = 100
 ASLEEP = {"min_replicas": 0, "max_replicas": 1}
 EACH = 15
+PATIENCE_S = 60.0
 
 
 def beside(settings: Settings) -> Settings:
@@ -68,15 +69,19 @@ async def test_who_waits_at_any_pod_is_told_by_the_one_that_speaks(
         await platform.publish(deployed)
         await eventually(lambda: second.agent.presence.asleep())
         asking = asyncio.create_task(second.infer(ROW))
-        async for _, payload in bus.listen("heartbeats.inference"):
-            loads = msgspec.json.decode(payload)["loads"]
-            if loads:
-                break
-        assert loads == [told(1000)]
-        asking.cancel()
-        async for _, payload in bus.listen("heartbeats.inference"):
-            if not msgspec.json.decode(payload)["loads"]:
-                break
+        async with asyncio.timeout(PATIENCE_S):
+            assert await next_loads(bus, some=True) == [told(1000)]
+            asking.cancel()
+            await next_loads(bus, some=False)
+
+
+async def next_loads(bus: JetStreamBus, some: bool) -> list[object]:
+    """Of the next heartbeat that has some, or none."""
+    async for _, payload in bus.listen("heartbeats.inference"):
+        loads: list[object] = msgspec.json.decode(payload)["loads"]
+        if bool(loads) == some:
+            return loads
+    raise AssertionError("the bus has ended")
 
 
 def told(milli: int) -> dict[str, object]:
