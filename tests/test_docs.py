@@ -15,6 +15,7 @@ from libs.settings import SERVICES, Common, variables
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 CLIENT_VARIABLES = {"LEPTONIC_ENDPOINTS": "", "LEPTONIC_STACK": "", "LEPTONIC_TOKEN": ""}
+ELSEWHERE = {"edge": "stack.edge", "agent": "services.scheduler.agents"}
 COMMON_OPTIONS = {"--json", "--project", "--data-dir", "--stack"}
 
 
@@ -45,8 +46,8 @@ def documented_settings() -> dict[str, str]:
 def settings() -> dict[str, str]:
     """Variable -> default, as the code says."""
     known = dict(CLIENT_VARIABLES)
-    for service in (*SERVICES, "edge"):
-        module = "stack.edge" if service == "edge" else f"services.{service}.app"
+    for service in (*SERVICES, *ELSEWHERE):
+        module = ELSEWHERE.get(service, f"services.{service}.app")
         kind = importlib.import_module(module).Settings
         assert issubclass(kind, Common)
         known |= {name: str(field.default) for name, field in variables(kind, service).items()}

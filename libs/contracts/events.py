@@ -165,6 +165,8 @@ class AttemptPlaced(Event, frozen=True, kw_only=True):
     """Of each worker here, the node's GPUs it takes."""
     gang: list[Share] = []
     """All nodes of the attempt, by rank."""
+    resources: Resources = Resources(cpu_milli=0, memory_mib=0)
+    """Of each worker; 0 where it is not said."""
 
 
 class AttemptStopped(Event, frozen=True, kw_only=True):

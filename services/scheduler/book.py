@@ -167,6 +167,7 @@ class Book:
                 rank=part.rank,
                 gpus=[list(gpus) for gpus in part.gpus] if job.gpu_milli else [],
                 gang=gang,
+                resources=job.request.resources,
             )
             self.decided.append(placed)
 

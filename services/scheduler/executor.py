@@ -4,8 +4,9 @@ An executor acts inside the transaction that records the decisions, so decisions
 commit together. `BusExecutor` addresses agents, processes that announce themselves with
 heartbeats and act on the events for their node; it is all that local processes need. An engine
 that cannot take part in a Postgres transaction (Ray, Docker) goes behind the same door as an
-agent: a process beside the engine that announces the engine's capacity as a node, starts an actor
-or a container when it is handed `AttemptPlaced`, and answers as every agent does. Where an engine
+agent (`agent.py`): a process beside the engine that announces the engine's capacity as a node,
+starts an actor or a container when it is handed `AttemptPlaced`, and answers as every agent does.
+Where an engine
 must be called from here instead, its executor writes a row in this transaction and a worker of
 its own carries it out, as the outbox does for the bus.
 """
