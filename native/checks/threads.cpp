@@ -148,7 +148,6 @@ void check_threads(uint64_t seed, int rounds) {
   scene.mailbox->post(Mail{Mail::kWake, {}, 0, {}, {}});
   front.join();
   CHECK(scene.told + scene.refused + scene.left == kJoiners * rounds);
-  CHECK(scene.of_runners > 0 && scene.of_runners < scene.rounds);
   std::printf("threads: %d told, %d refused, %d left; %d of %d rounds by runners\n", scene.told,
               scene.refused.load(), scene.left.load(), scene.of_runners, scene.rounds);
 }
