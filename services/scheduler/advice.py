@@ -28,7 +28,7 @@ from services.scheduler.changes import (
 from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.jobs import LIVE, PRIORITY_MAX, TERMINAL, WAITING, Ask, Job, Key
 from services.scheduler.nodes import HEALTHY
-from services.scheduler.quota import Quota
+from services.scheduler.quota import FLAVOR, Quota
 from services.scheduler.shapes import GPU_MILLI, GPUS_MAX, Machine, admits, room
 
 STRATEGIES = (
@@ -263,6 +263,9 @@ def propose_node(world: World) -> list[Change]:
     book, job = world.scheduler, world.job
     claims = [one for one in book.claims(job) if book.quota.allows(job.request.queue, one.amounts)]
     machine = machine_for(claims[0].ask if claims else job.ask, f"{ADDED}{len(book.nodes)}")
+    if not machine.gpu_model and book.quota.flavors(job.request.queue):
+        model = min(name for name in book.specs[job.request.queue].nominal if FLAVOR in name)
+        machine = msgspec.structs.replace(machine, gpu_model=model.removeprefix(FLAVOR))
     return [Change(kind=NODE, machine=machine)] if machine.gpus <= GPUS_MAX else []
 
 

@@ -71,7 +71,7 @@ def why(state: bytes, key: Key, now: float) -> Why:
     )
 
 
-def ended(job: Job) -> Why:
+def unbound(job: Job) -> Why:
     """Of a job that does not wait."""
     return Why(
         project=job.key[0],
@@ -166,7 +166,7 @@ def no_room(scheduler: Scheduler, ask: Ask) -> Bound:
 def price_of(scheduler: Scheduler, job: Job, bound: Bound) -> tuple[float, str]:
     prices = shadow.prices(scheduler, job.request.queue, job.ask)
     placed = f"placed {prices.unit} of those who wait"
-    if bound.constraint == QUOTA:
+    if bound.constraint == QUOTA and bound.resource:
         return prices.quota.get(bound.resource, 0.0), f"{placed} per unit of {bound.resource}"
     if bound.constraint == FREE and prices.nodes.get(bound.resource):
         return prices.nodes[bound.resource], f"{placed} per unit of {bound.resource}"

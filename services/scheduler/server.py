@@ -3,20 +3,19 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-import msgspec
-from google.protobuf import json_format
-from google.protobuf.struct_pb2 import Struct
-
 from libs import telemetry
-from libs.contracts.events import JobCancelled, JobRequested
-from libs.contracts.events import Resources as Amounts
+from libs.contracts.events import JobCancelled
 from libs.contracts.protos.scheduler_pb2 import (
+    ApplyQueueRequest,
     CancelJobRequest,
+    DeleteQueueRequest,
+    DeleteQueueResponse,
+    ExplainJobRequest,
     GetJobRequest,
     Job,
+    JobExplanation,
     JobState,
     ListJobsRequest,
     ListJobsResponse,
@@ -24,9 +23,7 @@ from libs.contracts.protos.scheduler_pb2 import (
     ListNodesResponse,
     ListQueuesRequest,
     ListQueuesResponse,
-    Node,
     Queue,
-    Resources,
     SubmitJobRequest,
     SubmitJobsRequest,
     SubmitJobsResponse,
@@ -34,19 +31,19 @@ from libs.contracts.protos.scheduler_pb2 import (
 from libs.contracts.protos.scheduler_pb2_grpc import SchedulerServicer
 from libs.database import TRANSIENT
 from libs.doors import Conflict, Invalid, NotFound, Unavailable
-from services.scheduler import jobs
+from services.scheduler import explain, jobs, queuefile, views
+from services.scheduler.advice import copy_of
 from services.scheduler.domain import Scheduler, on
+from services.scheduler.explain import Why
 from services.scheduler.handlers import Context
-from services.scheduler.nodes import total
-from services.scheduler.stimuli import JobSubmitted, Stimulus
+from services.scheduler.stimuli import JobSubmitted, QueueApplied, QueueDeleted, Stimulus
+from services.scheduler.views import Seen, job_of, request_of, time_of
 
 JOBS_MAX = 10_000
 """In one request."""
 PART_MAX = 64
 """Jobs of one request that are handled without others between them."""
 T = TypeVar("T")
-JSON_INTEGER_MAX = 1 << 53
-"""`Struct` carries every number as a double; whole ones up to here are integers again."""
 
 
 class Doors(SchedulerServicer):
@@ -113,33 +110,55 @@ class Doors(SchedulerServicer):
 
         return await self.ask(answer)
 
-    async def ListNodes(self, request: ListNodesRequest, _: Any) -> ListNodesResponse:
-        def answer(scheduler: Scheduler) -> ListNodesResponse:
-            return ListNodesResponse(nodes=[self.node_of(scheduler, n) for n in scheduler.nodes])
+    async def ExplainJob(self, request: ExplainJobRequest, _: Any) -> JobExplanation:
+        """The writer waits for a copy only: what is tried, is tried in a thread."""
+        key, now = (request.project, request.job), time.time()
 
-        return await self.ask(answer)
+        def answer(scheduler: Scheduler) -> Why | bytes:
+            job = find(scheduler, *key)
+            return copy_of(scheduler) if job.state == jobs.WAITING else explain.unbound(job)
+
+        told = await self.ask(answer)
+        if isinstance(told, bytes):
+            told = await asyncio.to_thread(explain.why, told, key, now)
+        return views.explanation_of(told)
+
+    async def ListNodes(self, request: ListNodesRequest, _: Any) -> ListNodesResponse:
+        def answer(scheduler: Scheduler) -> Seen:
+            names = list(scheduler.nodes)
+            return Seen(
+                nodes=[views.node_of(scheduler, name, self.heard_at(name)) for name in names],
+                states=[(scheduler.machines[name], scheduler.pool.free(name)) for name in names],
+                typical=scheduler.typical.shapes(),
+            )
+
+        return await asyncio.to_thread(views.nodes_of, await self.ask(answer))
 
     async def ListQueues(self, request: ListQueuesRequest, _: Any) -> ListQueuesResponse:
-        """Queues with a job that has not ended."""
+        """Those that were applied, and those with a job that has not ended."""
 
         def answer(scheduler: Scheduler) -> ListQueuesResponse:
-            active = [job for job in scheduler.jobs.values() if job.state not in jobs.TERMINAL]
-            names = sorted({job.request.queue for job in active})
-            return ListQueuesResponse(queues=[queue_of(name, active) for name in names])
+            names = views.queue_names(scheduler)
+            return ListQueuesResponse(queues=[views.queue_of(scheduler, name) for name in names])
 
         return await self.ask(answer)
 
-    def node_of(self, scheduler: Scheduler, name: str) -> Node:
-        node = scheduler.nodes[name]
-        return Node(
-            node=name,
-            health=node.state,
-            kinds=node.kinds,
-            capacity=resources_of(node.capacity),
-            allocated=resources_of(node.allocated),
-            jobs=[job.request.job for job in scheduler.placed_on(node)],
-            last_heartbeat_at=self.heard_at(name),
-        )
+    async def ApplyQueue(self, request: ApplyQueueRequest, _: Any) -> Queue:
+        spec = queuefile.parse(request.yaml)
+
+        def wish(scheduler: Scheduler) -> list[Stimulus]:
+            applied = QueueApplied(spec)
+            return [applied] if scheduler.is_news(applied) else []
+
+        return await self.ask(lambda scheduler: views.queue_of(scheduler, spec.queue), wish)
+
+    async def DeleteQueue(self, request: DeleteQueueRequest, _: Any) -> DeleteQueueResponse:
+        def wish(scheduler: Scheduler) -> list[Stimulus]:
+            if request.queue not in scheduler.specs:
+                raise NotFound(f"no queue {request.queue!r} was applied", "queue")
+            return [QueueDeleted(request.queue)]
+
+        return await self.ask(lambda _: DeleteQueueResponse(), wish)
 
     def heard_at(self, name: str) -> str:
         seen = self.context.liveness.seen.get(name)
@@ -177,74 +196,3 @@ def state_of(scheduler: Scheduler, submitted: JobSubmitted) -> JobState:
     """Without why it waits: that looks at every node."""
     job = find(scheduler, submitted.request.project, submitted.request.job)
     return JobState(project=job.key[0], job=job.key[1], state=job.state, node=on(job))
-
-
-def request_of(message: SubmitJobRequest) -> JobRequested:
-    """What was left out is as in `JobRequested`: queue `default`, one worker, its resources."""
-    given = message.resources
-    amounts = Amounts(given.cpu_milli, given.memory_mib, given.gpu_milli)
-    return JobRequested(
-        project=message.project,
-        job=message.job,
-        kind=message.kind,
-        queue=message.queue or "default",
-        priority=message.priority,
-        workers=message.workers or 1,
-        resources=amounts if message.HasField("resources") else Amounts(),
-        spec=integral(json_format.MessageToDict(message.spec)) if message.HasField("spec") else {},
-    )
-
-
-def integral(value: Any) -> Any:
-    """JSON out of a `Struct`, with 2.0 as the 2 it was sent as."""
-    if isinstance(value, dict):
-        return {name: integral(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [integral(one) for one in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) <= JSON_INTEGER_MAX:
-        return int(value)
-    return value
-
-
-def job_of(scheduler: Scheduler, job: jobs.Job) -> Job:
-    request = job.request
-    result = Struct()
-    result.update(msgspec.to_builtins(job.result))
-    return Job(
-        project=request.project,
-        job=request.job,
-        kind=request.kind,
-        state=job.state,
-        queue=request.queue,
-        workers=request.workers,
-        resources=resources_of(request.resources),
-        attempt=job.attempt,
-        node=on(job),
-        reason=scheduler.why(job),
-        result=result,
-        submitted_at=time_of(job.submitted_at),
-    )
-
-
-def queue_of(name: str, active: list[jobs.Job]) -> Queue:
-    mine = [job for job in active if job.request.queue == name]
-    placed = [job for job in mine if job.placement is not None]
-    return Queue(
-        queue=name,
-        waiting=len(mine) - len(placed),
-        running=len(placed),
-        allocated=resources_of(total(job.need for job in placed)),
-    )
-
-
-def resources_of(amounts: Amounts) -> Resources:
-    return Resources(
-        cpu_milli=amounts.cpu_milli,
-        memory_mib=amounts.memory_mib,
-        gpu_milli=amounts.gpu_milli * amounts.gpus,
-    )
-
-
-def time_of(unix_s: float) -> str:
-    """RFC 3339, UTC."""
-    return datetime.fromtimestamp(unix_s, UTC).isoformat()

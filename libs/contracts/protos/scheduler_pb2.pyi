@@ -26,25 +26,49 @@ class Resources(message.Message):
     CPU_MILLI_FIELD_NUMBER: builtins.int
     MEMORY_MIB_FIELD_NUMBER: builtins.int
     GPU_MILLI_FIELD_NUMBER: builtins.int
+    GPUS_FIELD_NUMBER: builtins.int
     cpu_milli: builtins.int
     memory_mib: builtins.int
     gpu_milli: builtins.int
+    """Of each GPU where `gpus` says how many; else in all."""
+    gpus: builtins.int
     def __init__(
         self,
         *,
         cpu_milli: builtins.int = ...,
         memory_mib: builtins.int = ...,
         gpu_milli: builtins.int = ...,
+        gpus: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_milli", b"cpu_milli", "gpu_milli", b"gpu_milli", "memory_mib", b"memory_mib"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_milli", b"cpu_milli", "gpu_milli", b"gpu_milli", "gpus", b"gpus", "memory_mib", b"memory_mib"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class SubmitJobRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     PROJECT_FIELD_NUMBER: builtins.int
     JOB_FIELD_NUMBER: builtins.int
@@ -54,16 +78,38 @@ class SubmitJobRequest(message.Message):
     WORKERS_FIELD_NUMBER: builtins.int
     RESOURCES_FIELD_NUMBER: builtins.int
     SPEC_FIELD_NUMBER: builtins.int
+    GPU_MODELS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    TOPOLOGY_FIELD_NUMBER: builtins.int
+    DURATION_S_FIELD_NUMBER: builtins.int
+    PREEMPTIBLE_FIELD_NUMBER: builtins.int
+    ATTEMPTS_MAX_FIELD_NUMBER: builtins.int
     project: builtins.str
     job: builtins.str
     kind: builtins.str
     queue: builtins.str
     priority: builtins.int
     workers: builtins.int
+    topology: builtins.str
+    """`node` (default): the gang on one node; `any`: over as few as possible."""
+    duration_s: builtins.int
+    """At most so long; 0: not known."""
+    preemptible: builtins.bool
+    """Default: true."""
+    attempts_max: builtins.int
+    """Default: as in JobRequested."""
     @builtins.property
     def resources(self) -> Resources: ...
     @builtins.property
     def spec(self) -> struct_pb2.Struct: ...
+    @builtins.property
+    def gpu_models(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Any of these; none: any model."""
+
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """The nodes carry all of them."""
+
     def __init__(
         self,
         *,
@@ -75,12 +121,20 @@ class SubmitJobRequest(message.Message):
         workers: builtins.int = ...,
         resources: Resources | None = ...,
         spec: struct_pb2.Struct | None = ...,
+        gpu_models: abc.Iterable[builtins.str] | None = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        topology: builtins.str = ...,
+        duration_s: builtins.int = ...,
+        preemptible: builtins.bool | None = ...,
+        attempts_max: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["resources", b"resources", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_preemptible", b"_preemptible", "preemptible", b"preemptible", "resources", b"resources", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "kind", b"kind", "priority", b"priority", "project", b"project", "queue", b"queue", "resources", b"resources", "spec", b"spec", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_preemptible", b"_preemptible", "attempts_max", b"attempts_max", "duration_s", b"duration_s", "gpu_models", b"gpu_models", "job", b"job", "kind", b"kind", "labels", b"labels", "preemptible", b"preemptible", "priority", b"priority", "project", b"project", "queue", b"queue", "resources", b"resources", "spec", b"spec", "topology", b"topology", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__preemptible: _TypeAlias = typing.Literal["preemptible"]  # noqa: Y015
+    _WhichOneofArgType__preemptible: _TypeAlias = typing.Literal["_preemptible", b"_preemptible"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preemptible) -> _WhichOneofReturnType__preemptible | None: ...
 
 @typing.final
 class SubmitJobsRequest(message.Message):
@@ -281,6 +335,220 @@ class Job(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class ExplainJobRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    project: builtins.str
+    job: builtins.str
+    def __init__(
+        self,
+        *,
+        project: builtins.str = ...,
+        job: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class JobExplanation(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    CONSTRAINT_FIELD_NUMBER: builtins.int
+    RESOURCE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    PRICE_FIELD_NUMBER: builtins.int
+    PRICE_UNIT_FIELD_NUMBER: builtins.int
+    ADVICES_FIELD_NUMBER: builtins.int
+    project: builtins.str
+    job: builtins.str
+    state: builtins.str
+    queue: builtins.str
+    position: builtins.int
+    """In its queue, 1 is the first; 0 where it does not wait."""
+    waiting: builtins.int
+    """In its queue."""
+    constraint: builtins.str
+    """quota, nodes, size, free, fragmentation, reservation, order"""
+    resource: builtins.str
+    reason: builtins.str
+    price: builtins.float
+    price_unit: builtins.str
+    @builtins.property
+    def advices(self) -> containers.RepeatedCompositeFieldContainer[Advice]:
+        """Each would place it next; the cheapest first."""
+
+    def __init__(
+        self,
+        *,
+        project: builtins.str = ...,
+        job: builtins.str = ...,
+        state: builtins.str = ...,
+        queue: builtins.str = ...,
+        position: builtins.int = ...,
+        waiting: builtins.int = ...,
+        constraint: builtins.str = ...,
+        resource: builtins.str = ...,
+        reason: builtins.str = ...,
+        price: builtins.float = ...,
+        price_unit: builtins.str = ...,
+        advices: abc.Iterable[Advice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["advices", b"advices", "constraint", b"constraint", "job", b"job", "position", b"position", "price", b"price", "price_unit", b"price_unit", "project", b"project", "queue", b"queue", "reason", b"reason", "resource", b"resource", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Advice(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SAYS_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    says: builtins.str
+    @builtins.property
+    def changes(self) -> containers.RepeatedCompositeFieldContainer[Change]: ...
+    def __init__(
+        self,
+        *,
+        says: builtins.str = ...,
+        changes: abc.Iterable[Change] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["changes", b"changes", "says", b"says"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Change(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
+    RESOURCE_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    JOBS_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    MACHINE_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """quota, heal, priority, end, node"""
+    queue: builtins.str
+    """quota: the queue's own of the resource, more by so much."""
+    resource: builtins.str
+    by: builtins.int
+    node: builtins.str
+    """heal: the node that is to be Healthy again."""
+    priority: builtins.int
+    """priority: asked for again with this one."""
+    @builtins.property
+    def jobs(self) -> containers.RepeatedCompositeFieldContainer[JobName]:
+        """end: these, in this order."""
+
+    @builtins.property
+    def machine(self) -> Machine:
+        """node: one more, at least as large."""
+
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        queue: builtins.str = ...,
+        resource: builtins.str = ...,
+        by: builtins.int = ...,
+        jobs: abc.Iterable[JobName] | None = ...,
+        node: builtins.str = ...,
+        priority: builtins.int = ...,
+        machine: Machine | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["machine", b"machine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["by", b"by", "jobs", b"jobs", "kind", b"kind", "machine", b"machine", "node", b"node", "priority", b"priority", "queue", b"queue", "resource", b"resource"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class JobName(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    project: builtins.str
+    job: builtins.str
+    def __init__(
+        self,
+        *,
+        project: builtins.str = ...,
+        job: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Machine(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RESOURCES_FIELD_NUMBER: builtins.int
+    GPU_MODEL_FIELD_NUMBER: builtins.int
+    KINDS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    gpu_model: builtins.str
+    @builtins.property
+    def resources(self) -> Resources: ...
+    @builtins.property
+    def kinds(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        resources: Resources | None = ...,
+        gpu_model: builtins.str = ...,
+        kinds: abc.Iterable[builtins.str] | None = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["resources", b"resources"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["gpu_model", b"gpu_model", "kinds", b"kinds", "labels", b"labels", "resources", b"resources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class ListNodesRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
@@ -298,22 +566,48 @@ class ListNodesResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     NODES_FIELD_NUMBER: builtins.int
+    GPU_MILLI_BOUND_FIELD_NUMBER: builtins.int
+    gpu_milli_bound: builtins.int
+    """So many GPU milli of what comes lately could be placed with nothing refused: the planner's bound
+    for any policy. 0 where nothing came that needs GPUs.
+    """
     @builtins.property
     def nodes(self) -> containers.RepeatedCompositeFieldContainer[Node]: ...
     def __init__(
         self,
         *,
         nodes: abc.Iterable[Node] | None = ...,
+        gpu_milli_bound: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["gpu_milli_bound", b"gpu_milli_bound", "nodes", b"nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class Node(message.Message):
     DESCRIPTOR: descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     NODE_FIELD_NUMBER: builtins.int
     HEALTH_FIELD_NUMBER: builtins.int
@@ -322,10 +616,17 @@ class Node(message.Message):
     ALLOCATED_FIELD_NUMBER: builtins.int
     JOBS_FIELD_NUMBER: builtins.int
     LAST_HEARTBEAT_AT_FIELD_NUMBER: builtins.int
+    GPU_MODEL_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    GPU_MILLI_FREE_FIELD_NUMBER: builtins.int
+    GPU_MILLI_FRAGMENTED_FIELD_NUMBER: builtins.int
     node: builtins.str
     health: builtins.str
     """Healthy, Degraded, Unhealthy, Initializing"""
     last_heartbeat_at: builtins.str
+    gpu_model: builtins.str
+    gpu_milli_fragmented: builtins.int
+    """Of these, what typical workers cannot use: on GPUs too full for them, or without CPU or memory."""
     @builtins.property
     def kinds(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
@@ -334,6 +635,12 @@ class Node(message.Message):
     def allocated(self) -> Resources: ...
     @builtins.property
     def jobs(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]: ...
+    @builtins.property
+    def gpu_milli_free(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of each GPU, what is free of its 1000."""
+
     def __init__(
         self,
         *,
@@ -344,10 +651,14 @@ class Node(message.Message):
         allocated: Resources | None = ...,
         jobs: abc.Iterable[builtins.str] | None = ...,
         last_heartbeat_at: builtins.str = ...,
+        gpu_model: builtins.str = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        gpu_milli_free: abc.Iterable[builtins.int] | None = ...,
+        gpu_milli_fragmented: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "capacity", b"capacity", "health", b"health", "jobs", b"jobs", "kinds", b"kinds", "last_heartbeat_at", b"last_heartbeat_at", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "capacity", b"capacity", "gpu_milli_fragmented", b"gpu_milli_fragmented", "gpu_milli_free", b"gpu_milli_free", "gpu_model", b"gpu_model", "health", b"health", "jobs", b"jobs", "kinds", b"kinds", "labels", b"labels", "last_heartbeat_at", b"last_heartbeat_at", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,11 +701,25 @@ class Queue(message.Message):
     WAITING_FIELD_NUMBER: builtins.int
     RUNNING_FIELD_NUMBER: builtins.int
     ALLOCATED_FIELD_NUMBER: builtins.int
+    COHORT_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    ORDER_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    QUOTAS_FIELD_NUMBER: builtins.int
     queue: builtins.str
     waiting: builtins.int
     running: builtins.int
+    cohort: builtins.str
+    weight: builtins.int
+    order: builtins.str
+    share: builtins.int
+    """Dominant share of what the cohort has, of what is borrowed, over the weight: millionths."""
     @builtins.property
     def allocated(self) -> Resources: ...
+    @builtins.property
+    def quotas(self) -> containers.RepeatedCompositeFieldContainer[QuotaUse]:
+        """Of each resource that the queue names."""
+
     def __init__(
         self,
         *,
@@ -402,9 +727,98 @@ class Queue(message.Message):
         waiting: builtins.int = ...,
         running: builtins.int = ...,
         allocated: Resources | None = ...,
+        cohort: builtins.str = ...,
+        weight: builtins.int = ...,
+        order: builtins.str = ...,
+        share: builtins.int = ...,
+        quotas: abc.Iterable[QuotaUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "queue", b"queue", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "cohort", b"cohort", "order", b"order", "queue", b"queue", "quotas", b"quotas", "running", b"running", "share", b"share", "waiting", b"waiting", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class QuotaUse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    RESOURCE_FIELD_NUMBER: builtins.int
+    NOMINAL_FIELD_NUMBER: builtins.int
+    USED_FIELD_NUMBER: builtins.int
+    BORROWED_FIELD_NUMBER: builtins.int
+    LENT_FIELD_NUMBER: builtins.int
+    LEFT_FIELD_NUMBER: builtins.int
+    resource: builtins.str
+    nominal: builtins.int
+    used: builtins.int
+    borrowed: builtins.int
+    lent: builtins.int
+    """Of its own, what others of the cohort have now."""
+    left: builtins.int
+    """So much more it may take now."""
+    def __init__(
+        self,
+        *,
+        resource: builtins.str = ...,
+        nominal: builtins.int = ...,
+        used: builtins.int = ...,
+        borrowed: builtins.int = ...,
+        lent: builtins.int = ...,
+        left: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["borrowed", b"borrowed", "left", b"left", "lent", b"lent", "nominal", b"nominal", "resource", b"resource", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ApplyQueueRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    YAML_FIELD_NUMBER: builtins.int
+    yaml: builtins.str
+    """YAML or JSON: queue, cohort, nominal, borrowing_limit, lending_limit, weight, order, within_queue,
+    reclaim, grace_s, aging_s; docs/scheduler.md says what they mean.
+    """
+    def __init__(
+        self,
+        *,
+        yaml: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["yaml", b"yaml"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DeleteQueueRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: builtins.int
+    queue: builtins.str
+    def __init__(
+        self,
+        *,
+        queue: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["queue", b"queue"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DeleteQueueResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -60,6 +60,11 @@ class SchedulerStub:
                 request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.GetJobRequest.SerializeToString,
                 response_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.Job.FromString,
                 _registered_method=True)
+        self.ExplainJob = channel.unary_unary(
+                '/leptonic.v1.Scheduler/ExplainJob',
+                request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ExplainJobRequest.SerializeToString,
+                response_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.JobExplanation.FromString,
+                _registered_method=True)
         self.ListNodes = channel.unary_unary(
                 '/leptonic.v1.Scheduler/ListNodes',
                 request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListNodesRequest.SerializeToString,
@@ -69,6 +74,16 @@ class SchedulerStub:
                 '/leptonic.v1.Scheduler/ListQueues',
                 request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListQueuesRequest.SerializeToString,
                 response_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListQueuesResponse.FromString,
+                _registered_method=True)
+        self.ApplyQueue = channel.unary_unary(
+                '/leptonic.v1.Scheduler/ApplyQueue',
+                request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ApplyQueueRequest.SerializeToString,
+                response_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.Queue.FromString,
+                _registered_method=True)
+        self.DeleteQueue = channel.unary_unary(
+                '/leptonic.v1.Scheduler/DeleteQueue',
+                request_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.DeleteQueueRequest.SerializeToString,
+                response_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.DeleteQueueResponse.FromString,
                 _registered_method=True)
 
 
@@ -107,6 +122,13 @@ class SchedulerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainJob(self, request, context):
+        """What binds a job that waits, its shadow price, and the cheapest changes that would place it next.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListNodes(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -115,6 +137,20 @@ class SchedulerServicer:
 
     def ListQueues(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyQueue(self, request, context):
+        """A queue's quota and rules; a queue that nobody applied has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteQueue(self, request, context):
+        """Its jobs stay, without quota and by priority.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -147,6 +183,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.GetJobRequest.FromString,
                     response_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.Job.SerializeToString,
             ),
+            'ExplainJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainJob,
+                    request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ExplainJobRequest.FromString,
+                    response_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.JobExplanation.SerializeToString,
+            ),
             'ListNodes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListNodes,
                     request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListNodesRequest.FromString,
@@ -156,6 +197,16 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.ListQueues,
                     request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListQueuesRequest.FromString,
                     response_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListQueuesResponse.SerializeToString,
+            ),
+            'ApplyQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyQueue,
+                    request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.ApplyQueueRequest.FromString,
+                    response_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.Queue.SerializeToString,
+            ),
+            'DeleteQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteQueue,
+                    request_deserializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.DeleteQueueRequest.FromString,
+                    response_serializer=libs_dot_contracts_dot_protos_dot_scheduler__pb2.DeleteQueueResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -305,6 +356,33 @@ class Scheduler:
             _registered_method=True)
 
     @staticmethod
+    def ExplainJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leptonic.v1.Scheduler/ExplainJob',
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.ExplainJobRequest.SerializeToString,
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.JobExplanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListNodes(request,
             target,
             options=(),
@@ -348,6 +426,60 @@ class Scheduler:
             '/leptonic.v1.Scheduler/ListQueues',
             libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListQueuesRequest.SerializeToString,
             libs_dot_contracts_dot_protos_dot_scheduler__pb2.ListQueuesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leptonic.v1.Scheduler/ApplyQueue',
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.ApplyQueueRequest.SerializeToString,
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.Queue.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leptonic.v1.Scheduler/DeleteQueue',
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.DeleteQueueRequest.SerializeToString,
+            libs_dot_contracts_dot_protos_dot_scheduler__pb2.DeleteQueueResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,11 +11,10 @@ from typing import Any
 
 import click
 from rich.console import Console, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from leptonic import bench as benchmarks
-from leptonic import compose, fashion, launch, replicas, show, stackfile, story
+from leptonic import compose, fashion, launch, replicas, show, stackfile, story, work
 from leptonic import demo as digits
 from leptonic import doctor as machine
 from leptonic import serve as serving
@@ -23,7 +22,6 @@ from leptonic.client import MODEL_SCHEME, Client, model_reference
 from leptonic.errors import Error
 from leptonic.jsonargument import parsed
 
-WATCH_S = 0.5
 FOLLOW_S = 0.3
 EVENTS_SHOWN = 30
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -174,11 +172,13 @@ def status(session: Session) -> None:
 @verb
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 def apply(session: Session, file: Path) -> None:
-    """Apply a pipeline FILE (YAML)."""
+    """Apply a FILE (YAML): a pipeline, or a queue."""
     with session.client() as client:
         applied = client.apply(file)
+    if "queue" in applied:
+        return session.answer(applied, work.queues([applied]))
     text = f"pipeline {applied['pipeline']} is at revision {applied['revision']}"
-    session.answer(applied, text)
+    return session.answer(applied, text)
 
 
 @verb
@@ -211,28 +211,24 @@ def datasets(session: Session, name: str | None) -> None:
 
 @verb
 @click.argument("name", required=False)
+@click.argument("job", required=False)
 @click.option("--watch", is_flag=True, help="Draw it again until Ctrl-C, or until NAME ended.")
-def jobs(session: Session, name: str | None, watch: bool) -> None:
-    """The jobs; or one, with its epochs."""
+def jobs(session: Session, name: str | None, job: str | None, watch: bool) -> None:
+    """The jobs; or one, with its epochs; or `why JOB`: what it waits for, what would place it."""
+    if job and name != "why":
+        raise click.UsageError(f"one job, or `why JOB`; got {name!r} and {job!r}")
     with session.client() as client:
+        if job:
+            told = client.why(job)
+            return session.answer(told, work.why(told))
+
+        def read() -> Any:
+            return client.job(name) if name else client.jobs()
+
         if watch and not session.as_json:
-            return watch_jobs(session, client, name)
-        value: Any = client.job(name) if name else client.jobs()
-    return session.answer(value, drawn_jobs(value, name))
-
-
-def drawn_jobs(value: Any, name: str | None) -> RenderableType:
-    return show.job(value) if name else show.table("jobs", show.JOBS, value)
-
-
-def watch_jobs(session: Session, client: Client, name: str | None) -> None:
-    with Live(console=session.console, auto_refresh=False) as live:
-        while True:
-            value: Any = client.job(name) if name else client.jobs()
-            live.update(drawn_jobs(value, name), refresh=True)
-            if name and value["state"] in ("succeeded", "failed", "cancelled"):
-                return
-            time.sleep(WATCH_S)
+            return work.watch(session.console, read, name)
+        value = read()
+    return session.answer(value, work.jobs(value, name))
 
 
 @verb
@@ -298,18 +294,21 @@ def feedback(session: Session, model: str, request_id: str, label: str) -> None:
 
 @verb
 def nodes(session: Session) -> None:
-    """The pool: health, what runs where, what is left."""
+    """The pool: health, what runs where, which GPUs are free, what of that is in pieces."""
     with session.client() as client:
-        rows = client.nodes()
-    session.answer(rows, show.table("nodes", show.NODES, rows))
+        answer = client.fleet()
+    session.answer(answer["nodes"], work.nodes(answer))
 
 
 @verb
-def queues(session: Session) -> None:
-    """The queues and what waits in them."""
+@click.option("--delete", help="The quota and rules of this queue; its jobs stay.")
+def queues(session: Session, delete: str | None) -> None:
+    """The queues: what waits and runs, what is their own, borrowed, lent and left."""
     with session.client() as client:
+        if delete:
+            client.delete_queue(delete)
         rows = client.queues()
-    session.answer(rows, show.table("queues", show.QUEUES, rows))
+    session.answer(rows, work.queues(rows))
 
 
 @verb

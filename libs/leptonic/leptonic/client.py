@@ -1,6 +1,7 @@
 """The verbs of the platform over its HTTP doors."""
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ TIMEOUT_S = 60.0
 READY_TIMEOUT_S = 2.0
 DOORS = ("ingest", "preprocess", "trainer", "registry", "scheduler", "inference_api", "traces")
 MODEL_SCHEME = "models:/"
+QUEUE_KEY, PIPELINE_KEY = re.compile(r"^queue:", re.M), re.compile(r"^pipeline:", re.M)
 
 
 class Client:
@@ -67,17 +69,21 @@ class Client:
             quote(str(one), safe="@") for one in (self.project, *parts)
         )
 
-    def apply(self, pipeline: str | Path) -> dict[str, Any]:
-        """Applies a pipeline: a file's path, or the YAML itself where it has several lines."""
-        text = str(pipeline)
+    def apply(self, file: str | Path) -> dict[str, Any]:
+        """Applies a pipeline, or a queue: a file's path, or the YAML itself where it has several
+        lines. A queue's has `queue:` where a pipeline's has `pipeline:`.
+        """
+        text = str(file)
         if "\n" not in text:
             try:
-                text = Path(pipeline).read_text()
+                text = Path(file).read_text()
             except OSError as error:
-                raise Error(f"{pipeline}: {error.strerror}", field="pipeline") from error
-        applied: dict[str, Any] = self.call(
-            "registry", "POST", self.path("pipelines"), json={"yaml": text}
+                raise Error(f"{file}: {error.strerror}", field="file") from error
+        is_queue = QUEUE_KEY.search(text) and not PIPELINE_KEY.search(text)
+        door, path = (
+            ("scheduler", "/v1/queues") if is_queue else ("registry", self.path("pipelines"))
         )
+        applied: dict[str, Any] = self.call(door, "POST", path, json={"yaml": text})
         return applied
 
     def publish(
@@ -133,6 +139,11 @@ class Client:
                     raise
         return described
 
+    def why(self, job: str) -> dict[str, Any]:
+        """What binds a job that waits, and the cheapest changes that would place it next."""
+        told: dict[str, Any] = self.get("scheduler", self.path("jobs", job, "why"))
+        return told
+
     def models(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.get("registry", self.path("models"))["models"]
         return found
@@ -186,6 +197,15 @@ class Client:
     def nodes(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.get("scheduler", "/v1/nodes")["nodes"]
         return found
+
+    def fleet(self) -> dict[str, Any]:
+        """The nodes, and the planner's bound."""
+        found: dict[str, Any] = self.get("scheduler", "/v1/nodes")
+        return found
+
+    def delete_queue(self, queue: str) -> None:
+        """Its jobs stay, without quota and by priority."""
+        self.call("scheduler", "DELETE", f"/v1/queues/{quote(queue, safe='')}")
 
     def queues(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.get("scheduler", "/v1/queues")["queues"]

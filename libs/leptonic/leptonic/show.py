@@ -68,13 +68,6 @@ def digest(row: Row) -> str:
     return str(row.get("digest", ""))[:DIGEST_SHOWN]
 
 
-def resources(row: Row, name: str = "resources") -> str:
-    amount = row.get(name) or {}
-    cpu, memory = amount.get("cpu_milli", 0) / 1000, amount.get("memory_mib", 0)
-    gpu = amount.get("gpu_milli", 0) / 1000
-    return f"{cpu:g} cpu, {memory} MiB" + (f", {gpu:g} gpu" if gpu else "")
-
-
 DATASETS: tuple[Column, ...] = (
     ("dataset", of("dataset")),
     ("rows", of("rows")),
@@ -96,16 +89,6 @@ DRIFT: tuple[Column, ...] = (
     ("psi", of("psi")),
     ("ks", of("ks")),
     ("rows", of("window_rows")),
-)
-JOBS: tuple[Column, ...] = (
-    ("job", of("job")),
-    ("kind", of("kind")),
-    ("state", of("state")),
-    ("attempt", of("attempt")),
-    ("workers", of("workers")),
-    ("each", resources),
-    ("node", of("node")),
-    ("reason", of("reason")),
 )
 MODELS: tuple[Column, ...] = (
     ("model", of("model")),
@@ -133,21 +116,6 @@ ENDPOINTS: tuple[Column, ...] = (
     ("generation", of("generation")),
     ("ready", lambda row: "ready" if row["ready_generation"] == row["generation"] else "no"),
 )
-NODES: tuple[Column, ...] = (
-    ("node", of("node")),
-    ("health", of("health")),
-    ("kinds", lambda row: ", ".join(row.get("kinds", []))),
-    ("allocated", lambda row: resources(row, "allocated")),
-    ("capacity", lambda row: resources(row, "capacity")),
-    ("jobs", lambda row: len(row.get("jobs", []))),
-    ("heard from", moment("last_heartbeat_at")),
-)
-QUEUES: tuple[Column, ...] = (
-    ("queue", of("queue")),
-    ("waiting", of("waiting")),
-    ("running", of("running")),
-    ("allocated", lambda row: resources(row, "allocated")),
-)
 DEAD_LETTERS: tuple[Column, ...] = (
     ("sequence", of("sequence")),
     ("subject", of("subject")),
@@ -173,18 +141,6 @@ def dataset(row: Row) -> RenderableType:
         worst = sorted(drift, key=lambda one: -one["psi"])[:DRIFT_SHOWN]
         drawn.append(table("drift against the last version, largest first", DRIFT, worst))
     return Group(*drawn)
-
-
-def job(row: Row) -> RenderableType:
-    names = ("job", "kind", "state", "reason", "queue", "node", "attempt", "workers", "resources")
-    head = fields("job", row, (*names, "submitted_at"))
-    run = row.get("run") or {}
-    epochs = run.get("epochs", [])
-    metrics = list(dict.fromkeys(name for one in epochs for name in one["metrics"]))
-    columns: list[Column] = [("epoch", of("epoch"))]
-    columns += [(name, of(name)) for name in metrics]
-    rows = [{"epoch": one["epoch"], **one["metrics"]} for one in epochs]
-    return Group(head, table(f"run: {run['state']}", columns, rows)) if run else head
 
 
 def model_version(row: Row) -> RenderableType:

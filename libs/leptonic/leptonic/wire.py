@@ -8,9 +8,11 @@ from typing import Any
 
 INT64 = frozenset(
     {
-        "after", "aliases", "correct", "cpu_milli", "dead_letters", "duplicates", "errors",
-        "generation", "gpu_milli", "labelled", "memory_mib", "number", "parts", "ready_generation",
-        "requests", "revision", "rows", "size_bytes", "versions", "window_rows",
+        "after", "aliases", "borrowed", "by", "correct", "cpu_milli",
+        "dead_letters", "duplicates", "duration_s", "errors", "generation", "gpu_milli",
+        "gpu_milli_bound", "gpu_milli_fragmented", "labelled", "left", "lent",
+        "memory_mib", "nominal", "number", "parts", "ready_generation", "requests", "revision",
+        "rows", "share", "size_bytes", "used", "versions", "weight", "window_rows",
     }
 )  # fmt: skip
 """Every int64 field of the protos, and the map whose values are; a test compares."""

@@ -91,10 +91,39 @@ class Platform:
     async def ListNodes(self, request: Any, _: Any) -> Any:
         capacity = scheduler.Resources(cpu_milli=2000, memory_mib=4096)
         node = scheduler.Node(node="local", health="Healthy", kinds=["train"], capacity=capacity)
-        return scheduler.ListNodesResponse(nodes=[node])
+        node.gpu_model, node.gpu_milli_fragmented = "A100", 300
+        node.gpu_milli_free.extend([1000, 300])
+        return scheduler.ListNodesResponse(nodes=[node], gpu_milli_bound=1700)
+
+    async def ExplainJob(self, request: Any, _: Any) -> Any:
+        advice = scheduler.Advice(says="end p/j-1", changes=[scheduler.Change(kind="end")])
+        return scheduler.JobExplanation(
+            job=request.job,
+            state="waiting",
+            position=2,
+            waiting=3,
+            constraint="free",
+            reason="needs 1 x 1000 gpu_milli",
+            price=0.5,
+            price_unit="placed gpu_milli per unit of cpu_milli",
+            advices=[advice],
+        )
 
     async def ListQueues(self, request: Any, _: Any) -> Any:
-        return scheduler.ListQueuesResponse(queues=[scheduler.Queue(queue="default", waiting=1)])
+        gpus = scheduler.QuotaUse(resource="gpu_milli", nominal=4000, used=6000, borrowed=2000)
+        cpus = scheduler.QuotaUse(resource="cpu_milli", nominal=8000, left=5000)
+        one = scheduler.Queue(queue="team", cohort="all", weight=1000, share=250_000)
+        one.quotas.extend([cpus, gpus])
+        default = scheduler.Queue(queue="default", waiting=1)
+        return scheduler.ListQueuesResponse(queues=[default, one])
+
+    async def ApplyQueue(self, request: Any, _: Any) -> Any:
+        self.asked.append(request)
+        return scheduler.Queue(queue="team", cohort="all", weight=1000)
+
+    async def DeleteQueue(self, request: Any, _: Any) -> Any:
+        self.asked.append(request)
+        return scheduler.DeleteQueueResponse()
 
     async def ListRuns(self, request: Any, _: Any) -> Any:
         return trainer.ListRunsResponse()

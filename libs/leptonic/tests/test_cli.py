@@ -35,8 +35,10 @@ def answer(*arguments: str) -> Any:
         (("models", "digits"), ("serving", "accuracy=0.9700")),
         (("models", "models:/digits@champion"), ("lineage", "seed", "gate", "accuracy")),
         (("endpoints",), ("80 %", "20 %", "canary", "48")),
-        (("nodes",), ("local", "Healthy", "2 cpu, 4096 MiB")),
-        (("queues",), ("default", "1")),
+        (("jobs", "why", "train-b"), ("2 of 3", "needs 1 x 1000", "0.5 placed", "end p/j-1")),
+        (("nodes",), ("local", "Healthy", "2 cpu, 4096 MiB", "A100: 1 0.3 free", "1.7 of what")),
+        (("queues",), ("default", "queues (2)", "team", "25%", "5000", "2000")),
+        (("queues", "--delete", "team"), ("default",)),
         (("events", "--dead"), ("label: missing",)),
         (("trace", "r-1"), ("inference", "ModelInfer", "2.0 ms")),
         (("predict", "digits", '{"pixels": [[1, 2]]}'), ("label", "version 2")),
@@ -62,6 +64,8 @@ def test_programs_read_json() -> None:
     assert answer("endpoints")[0]["serving"]["targets"][0]["correct"] == 48
     assert answer("nodes")[0]["capacity"]["cpu_milli"] == 2000
     assert answer("queues")[0]["waiting"] == 1
+    assert answer("queues")[1]["quotas"][1]["borrowed"] == 2000
+    assert answer("jobs", "why", "train-b")["advices"][0]["changes"][0]["kind"] == "end"
     assert answer("events") == []
     assert answer("events", "--dead", "--after", "0")[0]["reason"] == "label: missing"
     assert answer("trace", "models:/digits/2")["trace_id"] == TRACE_ID
@@ -81,6 +85,8 @@ def test_apply_says_the_revision_or_the_field_that_is_wrong(tmp_path: Path) -> N
     file = tmp_path / "p.yaml"
     file.write_text("pipeline: digits\n")
     assert "revision 4" in run("apply", str(file)).stdout
+    file.write_text("cohort: all\nqueue: team\n")
+    assert "queues (1)" in run("apply", str(file)).stdout
     file.write_text("train: {recipy: mlp}\n")
     result = run("apply", str(file))
     assert (result.exit_code, result.stdout) == (1, "")
@@ -111,6 +117,7 @@ def test_rows_come_as_text_from_a_file_or_from_stdin(tmp_path: Path) -> None:
     [
         ("nothing",),
         ("jobs", "--nope"),
+        ("jobs", "train-a", "train-b"),
         ("apply",),
         ("events", "--limit", "0"),
         ("up", "--ports", "some"),
