@@ -20,16 +20,15 @@ from services.scheduler.changes import (
     PRIORITY,
     QUOTA,
     Change,
-    again,
     raised,
     spoken,
-    stimuli_of,
 )
-from services.scheduler.domain import Scheduler, State, restore
-from services.scheduler.jobs import LIVE, PRIORITY_MAX, TERMINAL, WAITING, Ask, Job, Key
+from services.scheduler.domain import Scheduler
+from services.scheduler.jobs import LIVE, PRIORITY_MAX, WAITING, Ask, Job
 from services.scheduler.nodes import HEALTHY
 from services.scheduler.quota import FLAVOR, Quota
 from services.scheduler.shapes import GPU_MILLI, GPUS_MAX, Machine, admits, room
+from services.scheduler.trial import Trial, World
 
 STRATEGIES = (
     (QUOTA,),
@@ -47,8 +46,6 @@ OWN = "own"
 LAST_RESORTS = ((PRIORITY, OWN, END), (PRIORITY, OWN, NODE))
 """Where so many come first that none of the others places it."""
 ROUNDS_MAX = 12
-TRIED_BYTES_MAX = 256 << 20
-"""Of all copies for one job. A copy of 100 jobs is 30 kB; of 100,000 it is 30 MB and takes 2 s."""
 ADDED = "added-"
 """How the nodes are called that would have to be added."""
 
@@ -59,68 +56,6 @@ class Advice(msgspec.Struct, frozen=True):
     """Compared from the left: nodes added, jobs that run and would end (by the advice or evicted),
     of these GPU seconds and seconds lost, all jobs that would end, changes."""
     says: str = ""
-
-
-class World:
-    """The scheduler after some changes: a copy, to try out."""
-
-    def __init__(self, state: bytes, key: Key, now: float) -> None:
-        self.scheduler = restore(msgspec.msgpack.decode(state, type=State))
-        self.key, self.now = key, now
-        self.asked_again = False
-
-    @property
-    def job(self) -> Job:
-        return self.scheduler.jobs[self.key]
-
-    def is_placed(self) -> bool:
-        return self.job.state in LIVE
-
-    def apply(self, changes: Sequence[Change]) -> None:
-        for change in changes:
-            told = list(stimuli_of(self.scheduler, self.job, change))
-            if change.kind == PRIORITY:
-                self.key, self.asked_again = (self.key[0], again(self.job)), True
-            for stimulus in told:
-                self.scheduler.handle(stimulus, self.now)
-
-
-class Trial:
-    """What changes would do to one job, each time from the same state."""
-
-    def __init__(self, state: bytes, key: Key, now: float) -> None:
-        self.state, self.key, self.now = state, key, now
-        self.tried: dict[tuple[Change, ...], bool] = {}
-        self.left_bytes = TRIED_BYTES_MAX
-
-    @property
-    def is_spent(self) -> bool:
-        return self.left_bytes <= 0
-
-    def after(self, changes: Sequence[Change]) -> World:
-        self.left_bytes -= len(self.state)
-        world = World(self.state, self.key, self.now)
-        world.apply(changes)
-        return world
-
-    def places(self, changes: Sequence[Change]) -> bool:
-        """Where too much was tried already nothing more is: no is the safe answer, for what is
-        asked here is always whether less would do.
-        """
-        key = tuple(changes)
-        if key not in self.tried:
-            if self.is_spent:
-                return False
-            self.tried[key] = self.after(changes).is_placed()
-        return self.tried[key]
-
-
-def copy_of(scheduler: Scheduler) -> bytes:
-    """What decisions follow from: all but the jobs that have ended."""
-    state = scheduler.snapshot()
-    state.jobs = [job for job in state.jobs if job.state not in TERMINAL]
-    state.finished = []
-    return msgspec.msgpack.encode(state)
 
 
 # --- proposals: what the job lacks in a world
@@ -303,12 +238,21 @@ def advise(trial: Trial) -> list[Advice]:
     for strategy in (*STRATEGIES, *LAST_RESORTS):
         if trial.is_spent or (found and strategy in LAST_RESORTS):
             break
+        if not {PRIORITY, HEAL} & {*strategy} and too_far_back(trial.after([])):
+            continue
         changes = search(trial, strategy)
         if changes:
             while (less := smallest(trial, changes)) != changes:
                 changes = less
             found.setdefault(tuple(changes), priced(trial, changes))
     return sorted(found.values(), key=lambda one: one.cost)
+
+
+def too_far_back(world: World) -> bool:
+    """Of its line one is placed a round, and more than that are before it."""
+    line = world.scheduler.lines.of[world.job.request.queue, world.job.ask]
+    mine = line.places[world.key]
+    return sum(place < mine for place in line.places.values()) >= ROUNDS_MAX
 
 
 def search(trial: Trial, strategy: Sequence[str]) -> list[Change]:
@@ -401,7 +345,8 @@ LESS: dict[str, Callable[[Change, Places, Trial], Change]] = {
 
 def priced(trial: Trial, changes: list[Change]) -> Advice:
     before, after = trial.after([]).scheduler, trial.after(changes).scheduler
-    ended = {key for change in changes for key in change.jobs}
+    named = {key for change in changes for key in change.jobs}
+    ended = set(named)
     for key, job in before.jobs.items():
         kept = after.jobs[key]
         if job.state in LIVE and (kept.state, kept.attempt) != (job.state, job.attempt):
@@ -411,4 +356,4 @@ def priced(trial: Trial, changes: list[Change]) -> Advice:
     before.now = trial.now
     nodes = sum(change.kind == NODE for change in changes)
     cost = (nodes, len(running), *loss_of(before, running), len(jobs), len(changes))
-    return Advice(changes, cost, "; ".join(spoken(before, one, ended) for one in changes))
+    return Advice(changes, cost, "; ".join(spoken(before, one, ended - named) for one in changes))

@@ -85,7 +85,7 @@ def raised(spec: QueueSpec, resource: str, by: int) -> QueueSpec:
     return msgspec.structs.replace(spec, nominal=nominal)
 
 
-def spoken(book: Book, change: Change, ended: set[Key]) -> str:
+def spoken(book: Book, change: Change, evicted: set[Key]) -> str:
     """One change in words, with its numbers."""
     match change.kind:
         case "quota":
@@ -99,7 +99,7 @@ def spoken(book: Book, change: Change, ended: set[Key]) -> str:
             node = book.nodes[change.node]
             return f"make node {change.node} Healthy again; it is {node.state}"
         case "priority":
-            gone = [named(book, key) for key in sorted(ended)]
+            gone = [named(book, key) for key in sorted(evicted)]
             evicts = f", which evicts {', '.join(gone)}" if gone else ""
             return f"ask for it again with priority {change.priority}{evicts}"
     machine = change.machine

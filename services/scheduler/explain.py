@@ -3,7 +3,7 @@
 import msgspec
 
 from services.scheduler import shadow
-from services.scheduler.advice import Advice, Trial, advise
+from services.scheduler.advice import Advice, advise
 from services.scheduler.book import Claim
 from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.jobs import WAITING, Ask, Job, Key
@@ -12,6 +12,7 @@ from services.scheduler.placement import AMOUNTS, amounts_of_free, amounts_of_sh
 from services.scheduler.placement import explain as sentence
 from services.scheduler.quota import NO_LIMIT
 from services.scheduler.shapes import admits, capacity, room
+from services.scheduler.trial import Trial, copy_of
 
 QUOTA, NODES, SIZE, FREE, PIECES = "quota", "nodes", "size", "free", "fragmentation"
 RESERVED, ORDER = "reservation", "order"
@@ -45,13 +46,26 @@ class Bound(msgspec.Struct, frozen=True):
     resource: str = ""
 
 
-def why(state: bytes, key: Key, now: float) -> Why:
-    """Of a copy (`advice.copy_of`) that has the job, which waits."""
+class Asked(msgspec.Struct, frozen=True):
+    """What is read of the scheduler for `why`, which takes longer than its writer may wait."""
+
+    state: bytes
+    key: Key
+    position: int
+    waiting: int
+
+
+def asked(scheduler: Scheduler, key: Key) -> Asked:
+    """About a job that waits."""
+    return Asked(copy_of(scheduler, key), key, *place_in_queue(scheduler, scheduler.jobs[key]))
+
+
+def why(about: Asked, now: float) -> Why:
+    state, key = about.state, about.key
     scheduler = restore(msgspec.msgpack.decode(state, type=State))
     scheduler.now = now
     job = scheduler.jobs[key]
     assert job.state == WAITING, job.state
-    position, waiting = place_in_queue(scheduler, job)
     bound = bound_of(scheduler, job)
     price, unit = price_of(scheduler, job, bound)
     reason = f"{bound.reason}; before: {job.reason}" if job.reason else bound.reason
@@ -61,8 +75,8 @@ def why(state: bytes, key: Key, now: float) -> Why:
         state=job.state,
         queue=job.request.queue,
         reason=reason,
-        position=position,
-        waiting=waiting,
+        position=about.position,
+        waiting=about.waiting,
         constraint=bound.constraint,
         resource=bound.resource,
         price=price,
@@ -84,12 +98,17 @@ def unbound(job: Job) -> Why:
 
 def place_in_queue(scheduler: Scheduler, job: Job) -> tuple[int, int]:
     """(1 for the first, how many wait)"""
-    mine, before, waiting = scheduler.order(job), 0, 0
-    for line in scheduler.lines.by_queue[job.request.queue].values():
-        jobs = line.jobs()
-        waiting += len(jobs)
-        before += sum(scheduler.order(one) < mine for one in jobs)
-    return before + 1, waiting
+    lines = scheduler.lines.by_queue[job.request.queue].values()
+    share = scheduler.order(job)[0]
+    mine = scheduler.lines.of[job.request.queue, job.ask].places[job.key]
+    before = 0
+    for line in lines:
+        other = scheduler.order(line.head)[0]
+        if other < share:
+            before += len(line.places)
+        elif other == share:
+            before += sum(place < mine for place in line.places.values())
+    return before + 1, sum(len(line.places) for line in lines)
 
 
 def bound_of(scheduler: Scheduler, job: Job) -> Bound:

@@ -32,9 +32,8 @@ from libs.contracts.protos.scheduler_pb2_grpc import SchedulerServicer
 from libs.database import TRANSIENT
 from libs.doors import Conflict, Invalid, NotFound, Unavailable
 from services.scheduler import explain, jobs, queuefile, views
-from services.scheduler.advice import copy_of
 from services.scheduler.domain import Scheduler, on
-from services.scheduler.explain import Why
+from services.scheduler.explain import Asked, Why
 from services.scheduler.handlers import Context
 from services.scheduler.stimuli import JobSubmitted, QueueApplied, QueueDeleted, Stimulus
 from services.scheduler.views import Seen, job_of, request_of, time_of
@@ -114,13 +113,14 @@ class Doors(SchedulerServicer):
         """The writer waits for a copy only: what is tried, is tried in a thread."""
         key, now = (request.project, request.job), time.time()
 
-        def answer(scheduler: Scheduler) -> Why | bytes:
+        def answer(scheduler: Scheduler) -> Why | Asked:
             job = find(scheduler, *key)
-            return copy_of(scheduler) if job.state == jobs.WAITING else explain.unbound(job)
+            waits = job.state == jobs.WAITING
+            return explain.asked(scheduler, key) if waits else explain.unbound(job)
 
         told = await self.ask(answer)
-        if isinstance(told, bytes):
-            told = await asyncio.to_thread(explain.why, told, key, now)
+        if isinstance(told, Asked):
+            told = await asyncio.to_thread(explain.why, told, now)
         return views.explanation_of(told)
 
     async def ListNodes(self, request: ListNodesRequest, _: Any) -> ListNodesResponse:

@@ -12,11 +12,11 @@ import pytest
 
 from libs.contracts.events import AttemptSucceeded, JobCancelled, JobRequested, Resources
 from services.scheduler import explain
-from services.scheduler.advice import Trial, copy_of
 from services.scheduler.changes import END, NODE, QUOTA, Change, again, stimuli_of
 from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.jobs import LIVE, WAITING, Job, Key
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, QueueApplied, QueueSpec
+from services.scheduler.trial import Trial
 
 NOW = 1000.0
 INSTANCES, INSTANCES_LONG = 60, 1000
@@ -129,8 +129,8 @@ def verify(seed: int, counts: Counter[str]) -> None:
     key = one_waiting(scheduler, seed)
     if key is None:
         return
-    state = copy_of(scheduler)
-    told = explain.why(state, key, now)
+    about = explain.asked(scheduler, key)
+    told = explain.why(about, now)
     counts["jobs"] += 1
     counts[f"bound by {told.constraint}"] += 1
     assert told.advices, (seed, told)
@@ -140,7 +140,7 @@ def verify(seed: int, counts: Counter[str]) -> None:
         assert job.state in LIVE, (seed, advice.says)
         counts["advices"] += 1
         counts["+".join(sorted({change.kind for change in advice.changes}))] += 1
-        check_smallest(Trial(state, key, now), advice.changes, seed)
+        check_smallest(Trial(about.state, key, now), advice.changes, seed)
 
 
 def check_smallest(trial: Trial, changes: list[Change], seed: int) -> None:
