@@ -106,6 +106,13 @@ def follow(scheduler: Scheduler, job: Job, changes: list[Change], now: float) ->
             for key in change.jobs:
                 finish(scheduler, scheduler.jobs[key], now)
             continue
+        if change.kind == QUOTA:
+            spec = scheduler.specs[change.queue]
+            nominal = {**spec.nominal}
+            nominal[change.resource] += change.by
+            more = msgspec.structs.replace(spec, nominal=nominal)
+            scheduler.handle(QueueApplied(more), now)
+            continue
         for stimulus in list(stimuli_of(scheduler, job, change)):
             scheduler.handle(stimulus, now)
         if change.kind == "priority":
