@@ -78,7 +78,7 @@ class Engine(Protocol):
         ...
 
     async def stop(self, worker: Worker) -> None:
-        """Begins: SIGTERM, and SIGKILL after the grace of its spec. Saying it again is safe."""
+        """SIGTERM, and SIGKILL after the grace of its spec. Asked for until it has ended."""
         ...
 
     async def remove(self, worker: Worker) -> None:
@@ -222,7 +222,7 @@ class Agent:
             for worker in workers:
                 await self.engine.start(worker, spec)
         except Unusable as error:
-            await self.end(key, workers[0], failed_of(workers[0], str(error), retryable=False))
+            await self.end(key, workers[0], failed_of(workers[0], str(error), error.retryable))
         self.wanted.pop(key, None)
 
     async def tend(self, key: str, share: list[Seen]) -> None:

@@ -6,9 +6,8 @@ heartbeats and act on the events for their node; it is all that local processes 
 that cannot take part in a Postgres transaction (Ray, Docker) goes behind the same door as an
 agent (`agent.py`): a process beside the engine that announces the engine's capacity as a node,
 starts an actor or a container when it is handed `AttemptPlaced`, and answers as every agent does.
-Where an engine
-must be called from here instead, its executor writes a row in this transaction and a worker of
-its own carries it out, as the outbox does for the bus.
+Where an engine must be called from here instead, its executor writes a row in this transaction and
+a worker of its own carries it out, as the outbox does for the bus.
 """
 
 from collections.abc import Sequence

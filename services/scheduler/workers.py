@@ -30,6 +30,14 @@ IDENTITY = ("project", "job", "attempt", "token", "node")
 class Unusable(ValueError):
     """What was asked for can never be started here: trying again would end the same."""
 
+    retryable = False
+
+
+class Refused(Unusable):
+    """The engine would not start it, for reasons of its own."""
+
+    retryable = True
+
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The `spec` of a job that an engine runs."""

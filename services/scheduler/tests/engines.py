@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -22,11 +23,15 @@ from libs.contracts.events import (
     subject_of,
 )
 from services.scheduler.agent import Agent, Engine, Offer
+from services.scheduler.agents import Settings
+from services.scheduler.docker_agent import DockerEngine
 from services.scheduler.process_agent import ProcessEngine
 from services.scheduler.stimuli import Heartbeat
 from stack.testing import eventually
 
+PATIENCE_S = 60.0
 NODE = "node-of-the-test"
+IMAGE = "python:3.11-slim-bookworm"
 OFFER = Offer(Resources(4000, 4096, 1000, 2), "G1")
 TOLD = (AttemptStarted, AttemptSucceeded, AttemptFailed)
 
@@ -37,14 +42,18 @@ class Desk:
     def __init__(self, folder: Path, kind: str, make: Callable[[Path], Engine]) -> None:
         self.folder = folder
         self.kind = kind
+        self.node = NODE
         self.make = make
+        self.python = sys.executable
+        self.spec: dict[str, Any] = {}
+        """Of every attempt."""
         self.bus = MemoryBus()
         self.sent = 0
 
     @contextlib.asynccontextmanager
     async def agent(self) -> AsyncIterator[Agent]:
         """A new process of it, as far as anybody can tell; when it ends, what runs runs on."""
-        agent = Agent(self.bus, self.make(self.folder), NODE, self.folder)
+        agent = Agent(self.bus, self.make(self.folder), self.node, self.folder)
         running = asyncio.create_task(agent.run())
         try:
             yield agent
@@ -67,14 +76,18 @@ class Desk:
     async def ended(self, job: str) -> Any:
         """How its attempt ended."""
         last = (AttemptSucceeded, AttemptFailed)
-        return await eventually(lambda: next((e for e in self.told(job) if isinstance(e, last)), 0))
+        return await eventually(
+            lambda: next((e for e in self.told(job) if isinstance(e, last)), 0), PATIENCE_S
+        )
 
     async def running(self, agent: Agent, job: str) -> None:
-        await eventually(lambda: AttemptStarted in {type(one) for one in self.told(job)})
+        await eventually(
+            lambda: AttemptStarted in {type(one) for one in self.told(job)}, PATIENCE_S
+        )
         assert any(one.worker.job == job and one.running for one in agent.seen)
 
     async def heartbeat(self) -> Heartbeat:
-        async for _, payload in self.bus.listen(f"heartbeats.{NODE}"):
+        async for _, payload in self.bus.listen(f"heartbeats.{self.node}"):
             return msgspec.json.decode(payload, type=Heartbeat)
         raise AssertionError
 
@@ -84,14 +97,16 @@ class Desk:
         async def is_empty() -> bool:
             return await agent.engine.workers() == []
 
-        await eventually(is_empty)
+        await eventually(is_empty, PATIENCE_S)
 
     def placed(self, job: str, code: str, token: int = 1, **more: Any) -> AttemptPlaced:
-        """Python `code` as the attempt; `grace_s` goes to its spec."""
-        grace_s = more.pop("grace_s", 5.0)
-        spec = {"argv": [sys.executable, "-I", "-S", "-c", code], "grace_s": grace_s}
+        """Python `code` as the attempt; `grace_s` and `env` go to its spec."""
+        own: dict[str, Any] = {name: more.pop(name) for name in ("grace_s", "env") if name in more}
+        argv = [self.python, "-I", "-S", "-c", code]
+        spec: dict[str, Any] = {"argv": argv, **self.spec, **own}
+        spec = more.pop("spec", spec)
         attempt = {"project": "default", "job": job, "attempt": token, "token": token}
-        usual = {"node": NODE, "kind": self.kind, "workers": 1, "spec": spec}
+        usual = {"node": self.node, "kind": self.kind, "workers": 1, "spec": spec}
         return AttemptPlaced(**{**attempt, **usual, **more})
 
 
@@ -107,3 +122,21 @@ def stopped_of(placed: AttemptPlaced) -> AttemptStopped:
 
 def processes(folder: Path) -> Desk:
     return Desk(folder, "command", lambda where: ProcessEngine(where, OFFER))
+
+
+@contextlib.asynccontextmanager
+async def containers(folder: Path) -> AsyncIterator[Desk]:
+    """Raises `OSError` where no Docker engine answers. Leaves no container behind."""
+    node = f"test-{secrets.token_hex(4)}"
+    settings = Settings(node=node, cpu_milli=4000)
+    desk = Desk(folder, "container", lambda _: DockerEngine(node, settings))
+    desk.node, desk.python, desk.spec = node, "python3", {"image": IMAGE, "grace_s": 1.0}
+    engine = DockerEngine(node, settings)
+    await asyncio.to_thread(engine.have, IMAGE)
+    try:
+        yield desk
+    finally:
+        for one in await engine.workers():
+            container = engine.find(one.worker)
+            assert container is not None
+            container.remove(force=True)

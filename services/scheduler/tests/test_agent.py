@@ -42,16 +42,6 @@ def note(path: Path) -> str:
     return f"open({str(path)!r}, 'a').write('ran\\n')\n"
 
 
-async def test_what_is_placed_runs_and_its_end_is_told(desk: Desk) -> None:
-    async with desk.agent() as agent:
-        await desk.say(desk.placed("one", "print('hello')"))
-        ended = await desk.ended("one")
-        await desk.empty(agent)
-    assert isinstance(ended, AttemptSucceeded)
-    assert ended.result == {"tail": "hello\n"}
-    assert [type(one) for one in desk.told("one")] == [AttemptStarted, AttemptSucceeded]
-
-
 async def test_workers_know_who_they_are(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import os; print(*[os.environ[n] for n in ('JOB', 'JOB_TOKEN', 'RANK', 'LOCAL_RANK',"
@@ -62,26 +52,6 @@ async def test_workers_know_who_they_are(desk: Desk, monkeypatch: pytest.MonkeyP
         await desk.say(desk.placed("one", code, 7, workers=1, rank=3, gpus=[[0, 1]]))
         ended = await desk.ended("one")
     assert ended.result["tail"] == "one 7 3 0 1 0,1 False\n"
-
-
-@pytest.mark.parametrize(
-    ("code", "reason", "retryable"),
-    [
-        ("raise SystemExit(3)", "exit code 3", False),
-        ("import os; os.kill(os.getpid(), 9)", "signal 9", True),
-        ("raise ValueError('what it said')", "what it said", False),
-    ],
-)
-async def test_how_it_failed_is_told_truly(
-    desk: Desk, code: str, reason: str, retryable: bool
-) -> None:
-    async with desk.agent() as agent:
-        await desk.say(desk.placed("one", code))
-        ended = await desk.ended("one")
-        await desk.empty(agent)
-    assert isinstance(ended, AttemptFailed)
-    assert reason in ended.reason
-    assert ended.retryable is retryable
 
 
 @pytest.mark.parametrize(
@@ -174,17 +144,6 @@ async def test_what_was_stopped_before_it_came_never_starts(desk: Desk, tmp_path
     assert desk.told("one") == []
 
 
-async def test_what_ignores_sigterm_is_killed_after_its_grace(desk: Desk) -> None:
-    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FOREVER
-    placed = desk.placed("one", stubborn, grace_s=0.2)
-    async with desk.agent() as agent:
-        await desk.say(placed)
-        await desk.running(agent, "one")
-        await desk.say(stopped_of(placed))
-        await desk.empty(agent)
-    assert [type(one) for one in desk.told("one")] == [AttemptStarted]
-
-
 async def test_what_is_stopped_may_finish_in_its_grace(desk: Desk, tmp_path: Path) -> None:
     saved, ready = tmp_path / "saved", tmp_path / "ready"
     code = (
@@ -217,15 +176,6 @@ async def test_a_newer_attempt_ends_the_older_and_never_the_other_way(
         assert ran.read_text() == "ran\n"
         await desk.say(stopped_of(desk.placed("one", "", token=8)))
         await desk.empty(agent)
-
-
-async def test_one_worker_that_fails_ends_the_share(desk: Desk) -> None:
-    code = "import os\nif os.environ['RANK'] == '1': raise SystemExit(4)\n" + FOREVER
-    async with desk.agent() as agent:
-        await desk.say(desk.placed("one", code, workers=3))
-        ended = await desk.ended("one")
-        await desk.empty(agent)
-    assert "worker 1 ended with exit code 4" in ended.reason
 
 
 async def test_a_share_that_was_started_in_part_is_given_back(desk: Desk) -> None:
