@@ -29,7 +29,7 @@ from services.inference.cache import Cache
 from services.inference.endpoint import Endpoint, Origin, batching_of, context_of
 from services.inference.endpoints import Endpoints, Key
 from services.inference.forward import Forwarder
-from services.inference.loads import Load, Loads, waiting_for
+from services.inference.loads import Load, Loads, together
 from services.inference.models import Build, in_process
 from services.inference.peers import Told
 from services.inference.presence import WAITING, Presence
@@ -38,6 +38,8 @@ from services.inference.registry import Registry
 log = logging.getLogger(__name__)
 BEAT_S = 0.5
 """A node that misses five in a row is lost."""
+SPOKEN_S = 0.02
+"""Between two heartbeats at least, whoever calls for one."""
 OBSERVE_S = 1.0
 RETRY_S = 2.0
 REFRESH_S = 1.0
@@ -85,7 +87,9 @@ class Agent:
         self.loads = Loads(endpoints, monotonic_ns())
         self.called_out = asyncio.Event()
         self.speaks = False
-        self.presence = Presence(endpoints, forwarder, lambda: self.desired, self.call_out)
+        self.presence = Presence(
+            endpoints, forwarder, lambda: self.desired, self.called_out.set, self.hear_out
+        )
         endpoints.elsewhere = self.presence
         self.owed: set[Key] | None = None
         """Models this node served before it was started; unknown until Postgres said it."""
@@ -129,23 +133,44 @@ class Agent:
         """Knows what it runs: an empty list would give its work away."""
         while True:
             self.called_out.clear()
-            loads = self.loads.look(self.presence.all_waiting(), monotonic_ns())
+            own = self.look()
+            loads = together([own, *self.presence.of_others(monotonic())])
             await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat(loads))
-            self.presence.share(loads)
-            told = Told(self.node.name, self.node.address, loads)
-            await self.bus.broadcast(f"replicas.{self.node.name}", msgspec.json.encode(told))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.called_out.wait(), BEAT_S)
+            await self.bus.broadcast(f"replicas.{self.node.name}", self.told(own))
+            await self.next_time()
 
-    async def call_out(self) -> None:
-        """The next heartbeat comes at once, from whoever speaks for the node."""
-        self.called_out.set()
+    async def tell(self) -> None:
+        """What there is to do here, to whoever speaks for the node: without it, what only this
+        process is busy with would look idle."""
+        subject = f"replicas.{self.node.name}{WAITING}"
+        while True:
+            if self.speaks:
+                await asyncio.sleep(BEAT_S)
+                continue
+            self.called_out.clear()
+            with contextlib.suppress(*TRANSIENT):  # it is said again
+                await self.bus.broadcast(subject, self.told(self.look()))
+            await self.next_time()
+
+    async def next_time(self) -> None:
+        """At once when it is called for, else after `BEAT_S`."""
+        await asyncio.sleep(SPOKEN_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.called_out.wait(), BEAT_S)
+
+    def look(self) -> list[Load]:
+        loads = self.loads.look(self.presence.waiting, monotonic_ns())
+        self.presence.share(loads)
+        return loads
+
+    def told(self, loads: list[Load]) -> bytes:
+        name, address = self.node.name, self.node.address
+        told = Told(name, address, loads, self.node.incarnation, self.endpoints.project)
+        return msgspec.json.encode(told)
+
+    def hear_out(self) -> None:
         if self.speaks:
-            return
-        loads = waiting_for(self.presence.waiting)
-        told = msgspec.json.encode(Told(self.node.name, self.node.address, loads))
-        with contextlib.suppress(*TRANSIENT):  # it is said again
-            await self.bus.broadcast(f"replicas.{self.node.name}{WAITING}", told)
+            self.called_out.set()
 
     def heartbeat(self, loads: list[Load]) -> bytes:
         running = [

@@ -135,7 +135,8 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
                 agent.catch_up(),
                 agent.beat(),
                 agent.observe(),
-                agent.presence.listen(bus, node.name),
+                agent.tell(),
+                agent.presence.listen(bus, node.name, node.incarnation),
             )
         )
         endpoints.on_quarantine = agent.quarantine

@@ -5,8 +5,8 @@ that passed (Little's law): no request is looked at, and none is missed between 
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import msgspec
@@ -70,6 +70,22 @@ class Loads:
             present += counts.waiting + served.streams
         milli = max(spent_ns * MILLI // passed_ns, present * MILLI)
         return Load(endpoint.project, endpoint.model, milli, p95_ms(latency), requests)
+
+
+def together(each: Iterable[Sequence[Load]]) -> list[Load]:
+    """Of several processes that are one node. It is served there if any serves it."""
+    found: dict[Key, Load] = {}
+    for load in chain.from_iterable(each):
+        key = load.project, load.model
+        so_far = found.get(key, Load(*key, 0, ready=False))
+        found[key] = Load(
+            *key,
+            so_far.concurrency_milli + load.concurrency_milli,
+            max(so_far.p95_ms, load.p95_ms),
+            so_far.requests + load.requests,
+            so_far.ready or load.ready,
+        )
+    return list(found.values())
 
 
 def waiting_for(waiting: Mapping[Key, int]) -> list[Load]:

@@ -24,6 +24,10 @@ class Told(msgspec.Struct, frozen=True):
     address: str
     """Of its gRPC door."""
     loads: list[Load]
+    incarnation: str = ""
+    """Of the process: a node may have several."""
+    project: str = ""
+    """Whose models it knows by their names alone."""
 
 
 class Peers:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, monotonic_ns
 
 import msgspec
@@ -29,6 +29,8 @@ WAITING = ".waiting"
 """Behind `replicas.<node>`: what a process of the node says that does not speak for it."""
 CALL_S = 1.0
 """Between two calls for a replica: what is broadcast may be lost."""
+OVERHEARD_S = 2.0
+"""What another process of the node said counts so long: it says it every half second."""
 NS = 1e9
 WAKE_S = 60.0
 """A request without a deadline waits no longer for a replica."""
@@ -47,17 +49,23 @@ class Presence:
         endpoints: Endpoints,
         forwarder: Forwarder,
         deployments: Callable[[], Deployments],
-        call_out: Callable[[], Awaitable[None]],
+        call_out: Callable[[], None],
+        called_out: Callable[[], None],
     ) -> None:
         self.endpoints = endpoints
         self.forwarder = forwarder
         self.deployments = deployments
         self.call_out = call_out
         """Says at once what the next heartbeat would."""
+        self.called_out = called_out
+        """Another process of this node has: only who speaks for the node says anything then, or two
+        that do not would answer each other for ever."""
         self.peers = Peers()
         self.waiting: Counter[Key] = Counter()
-        self.overheard: dict[Key, tuple[float, int]] = {}
-        """When another process of this node said last that requests wait there, and how many."""
+        self.called: dict[Key, float] = {}
+        """When a replica was called for last, while requests wait for one."""
+        self.overheard: dict[str, tuple[float, list[Load]]] = {}
+        """Of another process of this node, by its incarnation: when it said what it has to do."""
         self.changed = asyncio.Event()
 
     def notify(self) -> None:
@@ -65,7 +73,8 @@ class Presence:
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
-    async def listen(self, bus: Bus, node: str) -> None:
+    async def listen(self, bus: Bus, node: str, incarnation: str) -> None:
+        """As a process of the node."""
         async for subject, payload in bus.listen(REPLICAS):
             try:
                 told = msgspec.json.decode(payload, type=Told)
@@ -75,19 +84,19 @@ class Presence:
             if told.node != node and not subject.endswith(WAITING):
                 self.peers.heard(told, monotonic())
                 self.notify()
-            elif subject == f"replicas.{node}{WAITING}":
-                await self.overhear(told.loads, monotonic())
+            elif subject == f"replicas.{node}{WAITING}" and told.incarnation != incarnation:
+                self.overhear(told, monotonic())
 
-    async def overhear(self, loads: Iterable[Load], now_s: float) -> None:
-        for load in loads:
-            self.overheard[load.project, load.model] = now_s, load.concurrency_milli // MILLI
-        await self.call_out()
+    def overhear(self, told: Told, now_s: float) -> None:
+        self.overheard[told.incarnation] = now_s, told.loads
+        if not all(load.ready for load in told.loads):
+            self.called_out()
 
-    def all_waiting(self) -> Counter[Key]:
-        """At this node, whichever of its processes they came to."""
-        since_s = monotonic() - 2 * CALL_S
-        self.overheard = {key: one for key, one in self.overheard.items() if one[0] >= since_s}
-        return self.waiting + Counter({key: count for key, (_, count) in self.overheard.items()})
+    def of_others(self, now_s: float) -> list[list[Load]]:
+        """What the other processes of this node have to do."""
+        since_s = now_s - OVERHEARD_S
+        self.overheard = {name: one for name, one in self.overheard.items() if one[0] >= since_s}
+        return [loads for _, loads in self.overheard.values()]
 
     # --- what `Endpoints` asks
 
@@ -120,19 +129,27 @@ class Presence:
             self.waiting[key] -= 1
             if not self.waiting[key]:
                 del self.waiting[key]
+                self.called.pop(key, None)
 
     async def until_served(self, key: Key, deadline_ns: int) -> None:
         left_s = (deadline_ns - monotonic_ns()) / NS if deadline_ns else WAKE_S
         try:
             async with asyncio.timeout(min(left_s, WAKE_S)):
                 while not (self.is_here(key) or self.serves(key)):
-                    await self.call_out()
+                    self.call(key, monotonic())
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self.changed.wait(), CALL_S)
         except TimeoutError as error:
             said = f"no replica of model '{key[1]}' was ready within {min(left_s, WAKE_S):.1f} s"
             kind = DeadlineExceeded if left_s < WAKE_S else Unavailable
             raise kind(f"{said}; one is asked for as long as somebody waits") from error
+
+    def call(self, key: Key, now_s: float) -> None:
+        """For a replica; however many wait for it, and whatever else wakes them: where two nodes
+        wait, each would hear the other's calls and call again."""
+        if now_s - self.called.get(key, -CALL_S) >= CALL_S:
+            self.called[key] = now_s
+            self.call_out()
 
     async def infer(self, key: Key, call: Call) -> Answer | None:
         if call.forwarded:

@@ -7,7 +7,7 @@ from time import monotonic_ns
 import pytest
 
 from services.inference.front import LATENCY_BOUNDS_NS
-from services.inference.loads import Load, Loads, p95_ms
+from services.inference.loads import Load, Loads, p95_ms, together
 from services.inference.served import Served
 from services.inference.tests.desk import Own, double, opened, request, row
 from services.inference.tests.test_busdoor import gated
@@ -67,6 +67,15 @@ async def test_what_somebody_waits_for_is_told_though_it_is_not_here() -> None:
         assert loads.look({KEY: 3}, S) == [Load(*KEY, 3000, ready=False)]
         desk.endpoints.at(KEY)
         assert loads.look({}, 2 * S) == [], "known, and not loaded yet"
+
+
+def test_what_several_processes_of_a_node_have_to_do_is_one_load() -> None:
+    other = Load("default", "other", 10)
+    waiting = Load(*KEY, 1000, ready=False)
+    busy, idle = Load(*KEY, 2500, 40, 7), Load(*KEY, 500, 90, 1)
+    assert together([[busy, other], [], [idle]]) == [Load(*KEY, 3000, 90, 8), other]
+    assert together([[waiting], [busy]]) == [Load(*KEY, 3500, 40, 7)]
+    assert together([[waiting], [waiting]]) == [Load(*KEY, 2000, ready=False)]
 
 
 async def test_a_version_that_went_takes_nothing_with_it() -> None:

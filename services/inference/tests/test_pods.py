@@ -1,6 +1,7 @@
 """Several processes of one name are one node: any of them may be asked anything."""
 
 import asyncio
+import contextlib
 
 import msgspec
 
@@ -8,6 +9,7 @@ from libs.bus.jetstream import JetStreamBus
 from libs.contracts.events import DeploymentObserved
 from libs.objectstore import ObjectStore
 from services.inference.app import Settings
+from services.inference.presence import WAITING
 from services.inference.tests import stage
 from services.inference.tests.conftest import ROW, Replica, labels, started
 from services.inference.tests.stage import Platform, register
@@ -18,6 +20,9 @@ OFFSET = 100
 ASLEEP = {"min_replicas": 0, "max_replicas": 1}
 EACH = 15
 PATIENCE_S = 60.0
+SAID_S = 2.0
+SAID_MAX = 30
+"""By two processes in that time: twice a second what they have to do, and once that they wait."""
 
 
 def beside(settings: Settings) -> Settings:
@@ -73,6 +78,29 @@ async def test_who_waits_at_any_pod_is_told_by_the_one_that_speaks(
             assert await next_loads(bus, some=True) == [told(1000)]
             asking.cancel()
             await next_loads(bus, some=False)
+
+
+async def test_what_a_process_says_that_does_not_speak_is_not_said_again(
+    replica: Replica, settings: Settings, bus: JetStreamBus, platform: Platform
+) -> None:
+    """It hears itself, and so do the others that do not speak."""
+    await eventually(lambda: replica.agent.speaks)
+    await platform.publish(msgspec.structs.replace(stage.deployment(1), autoscaling=ASLEEP))
+    async with started(beside(settings), bus) as second, started(beside(settings), bus) as third:
+        for pod in (second, third):
+            await eventually(pod.agent.presence.asleep)
+        asking = [asyncio.create_task(pod.infer(ROW)) for pod in (second, third)]
+        async with asyncio.timeout(PATIENCE_S):
+            while await next_loads(bus, some=True) != [told(2000)]:
+                pass
+        said = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SAID_S):
+                async for _ in bus.listen(f"replicas.inference{WAITING}"):
+                    said += 1
+        assert said <= SAID_MAX
+        for one in asking:
+            one.cancel()
 
 
 async def next_loads(bus: JetStreamBus, some: bool) -> list[object]:

@@ -49,14 +49,17 @@ class Replica:
         self.name = name
         self.desk = desk
         self.known: dict[Key, tuple[DeploymentUpdated, str]] = {}
-        self.called_out = 0
+        self.called_out = self.heard_out = 0
         self.presence = Presence(
-            desk.endpoints, Forwarder(name, []), lambda: self.known, self.call_out
+            desk.endpoints, Forwarder(name, []), lambda: self.known, self.call_out, self.hear_out
         )
         desk.endpoints.elsewhere = self.presence
 
-    async def call_out(self) -> None:
+    def call_out(self) -> None:
         self.called_out += 1
+
+    def hear_out(self) -> None:
+        self.heard_out += 1
 
     def deploy(self, model: str = "double", **batching: int) -> None:
         """It may sleep."""
@@ -110,11 +113,45 @@ async def test_a_request_waits_for_a_model_that_sleeps_and_is_answered(one: Repl
     assert (await one.desk.stub.ModelReady(ready("double"))).ready, "whoever asks is answered"
     asking = [asyncio.ensure_future(one.desk.stub.ModelInfer(ASKED)) for _ in range(5)]
     await eventually(lambda: one.presence.waiting == {KEY: 5})
-    assert one.called_out >= 5
+    assert one.called_out >= 1
     await one.serve("double", double())
     for answer in asking:
         assert numbers(await answer) == [2, 4]
     assert not one.presence.waiting
+
+
+async def test_waiting_calls_for_a_replica_once_a_while_whatever_is_heard(
+    one: Replica, two: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes that both wait would call ever faster if what one says made the other say it."""
+    monkeypatch.setattr(presence, "CALL_S", 600.0)
+    for replica in (one, two):
+        replica.deploy()
+    asking = [asyncio.ensure_future(each.desk.stub.ModelInfer(ASKED)) for each in (one, two, two)]
+    await eventually(lambda: (one.presence.waiting, two.presence.waiting) == ({KEY: 1}, {KEY: 2}))
+    for _ in range(20):
+        one.hear(two, Load(*KEY, 2000, ready=False))
+        two.hear(one, Load(*KEY, 1000, ready=False))
+        await asyncio.sleep(0)
+    assert (one.called_out, two.called_out) == (1, 1)
+    await two.serve("double", double())
+    one.hear(two, Load(*KEY, 0))
+    await asyncio.gather(*asking)
+    assert not one.presence.called, "the next one that waits calls at once"
+
+
+async def test_what_another_process_of_the_node_has_to_do_is_the_node_s(one: Replica) -> None:
+    """And is said by whoever speaks for it, who calls for no replica itself."""
+    busy = Load(*KEY, 3000, 20, 7)
+    one.presence.overhear(Told("one", "", [busy], "second"), 10.0)
+    assert (one.called_out, one.heard_out) == (0, 0), "the next heartbeat is soon enough"
+    waiting = Load(*KEY, 1000, ready=False)
+    one.presence.overhear(Told("one", "", [waiting], "third"), 11.0)
+    assert (one.called_out, one.heard_out) == (0, 1)
+    assert one.presence.of_others(11.0) == [[busy], [waiting]]
+    one.presence.overhear(Told("one", "", [], "third"), 11.5)
+    assert one.presence.of_others(12.0) == [[busy], []]
+    assert one.presence.of_others(12.5) == [[]]
 
 
 async def test_it_may_come_to_another_replica(one: Replica, two: Replica) -> None:
