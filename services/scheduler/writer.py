@@ -102,6 +102,8 @@ class Writer:
         """The line of the last checkpoint."""
         self.keeping: asyncio.Task[None] | None = None
         """A checkpoint that is being written."""
+        self.resting = False
+        """The last checkpoint is made; another on the same base would be of what changed since."""
         self.due_at = math.inf
         """When the scheduler, as far as it is committed, wants to look again."""
         self.committing = asyncio.Lock()
@@ -177,7 +179,8 @@ class Writer:
         else:
             self.committed = scheduler
             self.due_at = scheduler.due_at
-            if scheduler.sequence - self.kept >= KEEP_EVERY and self.keeping is None:
+            is_due = scheduler.sequence - self.kept >= KEEP_EVERY
+            if is_due and self.keeping is None and not self.resting:
                 self.keep(scheduler)
 
     async def state(self) -> Scheduler:
@@ -235,7 +238,8 @@ class Writer:
             await tx.emit_all(work.news)
 
     async def rest(self) -> None:
-        """A checkpoint, so that a newer release has nothing of ours to replay."""
+        """A checkpoint, so that a newer release has nothing of ours to replay. The last one."""
+        self.resting = True
         if self.keeping is not None:
             await self.keeping
         cut, state = await self.read(

@@ -24,7 +24,7 @@ from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor, Order
 from services.scheduler.lease import LEADER
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, Stimulus, Tick
-from services.scheduler.store import Diverged, Overtaken, Store
+from services.scheduler.store import Cut, Diverged, Overtaken, Store
 from services.scheduler.writer import Overloaded, Standby, Writer
 from stack.testing import eventually
 
@@ -278,6 +278,39 @@ async def test_a_checkpoint_on_top_of_another_is_refused(db: Database) -> None:
         with pytest.raises(Overtaken, match="not the one of line 1"):
             await second.rest()
     assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b"]
+
+
+class Held(Store):
+    """Writes a checkpoint for each time that it may."""
+
+    def __init__(self, db: Database) -> None:
+        super().__init__(db)
+        self.reached, self.may = asyncio.Event(), asyncio.Semaphore(0)
+
+    async def keep(self, cut: Cut) -> None:
+        self.reached.set()
+        await self.may.acquire()
+        await super().keep(cut)
+
+
+async def test_the_last_checkpoint_is_the_only_one_at_a_time(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(db)
+    writer = Writer(held, BusExecutor())
+    async with led(writer):
+        await writer.take(job("a"))
+        resting = asyncio.create_task(writer.rest())
+        await held.reached.wait()
+        monkeypatch.setattr("services.scheduler.writer.KEEP_EVERY", 1)
+        await writer.take(job("b"))
+        await writer.take(job("c"))
+        held.may.release()
+        await resting
+        held.may.release()
+        if writer.keeping is not None:
+            await writer.keeping
+    assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b", "c"]
 
 
 async def test_where_an_older_release_came_to_rest_is_read(db: Database) -> None:
