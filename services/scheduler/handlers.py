@@ -18,7 +18,7 @@ from libs.contracts.events import (
     JobCancelled,
     JobRequested,
 )
-from services.scheduler.jobs import PROJECT
+from services.scheduler.jobs import NAME, PROJECT
 from services.scheduler.nodes import Liveness
 from services.scheduler.stimuli import Deployed, JobSubmitted
 from services.scheduler.writer import Writer
@@ -34,8 +34,7 @@ class Context:
 
 
 async def on_requested(event: JobRequested, meta: Meta, context: Context) -> None:
-    if not PROJECT.fullmatch(event.project):
-        raise ValueError(f"project: no token of a subject: {event.project[:80]!r}")
+    check(event)
     await context.writer.take(JobSubmitted(event, meta.traceparent), meta.id)
 
 
@@ -44,7 +43,17 @@ async def on_told(
     meta: Meta,
     context: Context,
 ) -> None:
+    if isinstance(event, JobCancelled):
+        check(event)
     await context.writer.take(event, meta.id)
+
+
+def check(event: JobRequested | JobCancelled) -> None:
+    """What makes a job needs names that can be written down. Raises `ValueError`."""
+    if not PROJECT.fullmatch(event.project):
+        raise ValueError(f"project: no token of a subject: {event.project[:80]!r}")
+    if not NAME.fullmatch(event.job):
+        raise ValueError(f"job: 1 to 200 of A-Z a-z 0-9 _ . : @ -, got {event.job[:80]!r}")
 
 
 async def on_deployment_updated(event: DeploymentUpdated, meta: Meta, context: Context) -> None:

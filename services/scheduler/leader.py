@@ -54,6 +54,7 @@ async def lead(context: Context, bus: Bus) -> None:
                     await work(context, bus, connection)
                 finally:
                     gc.unfreeze()
+                    await writer.stop_keeping()
                     writer.connection = None
                     writer.leading.clear()
                     meters.forget()

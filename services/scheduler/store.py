@@ -194,6 +194,8 @@ class Store:
         async with self.db.transaction() as tx:
             row = await tx.one("select sequence from checkpoint for update")
             if cut.base is None:
+                if row is not None and row["sequence"] > cut.sequence:
+                    raise Overtaken(f"there is a checkpoint of line {row['sequence']} already")
                 await tx.execute("delete from job")
             elif row is None or row["sequence"] != cut.base:
                 raise Overtaken(f"the checkpoint is not the one of line {cut.base}: {row}")

@@ -30,7 +30,7 @@ from services.scheduler.book import Impossible
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import Executor, Order
 from services.scheduler.stimuli import Stimulus
-from services.scheduler.store import KEEP_EVERY, Line, Store
+from services.scheduler.store import KEEP_EVERY, Line, Overtaken, Store
 
 log = logging.getLogger(__name__)
 LEAD_WAIT_S = 15.0
@@ -200,13 +200,24 @@ class Writer:
         async def write() -> None:
             try:
                 await self.store.keep(cut)
-            except TRANSIENT as error:
-                log.warning("checkpoint: %s", error)
+            except Exception as error:
+                # The log has it all; what is not written down now is with the next one.
+                log.warning("checkpoint: %s", error, exc_info=not isinstance(error, TRANSIENT))
                 scheduler.touched |= cut.touched
+                if isinstance(error, Overtaken):
+                    self.store.base = None
+                    scheduler.touched.update(scheduler.jobs)
             finally:
                 self.keeping = None
 
         self.keeping = asyncio.create_task(write())
+
+    async def stop_keeping(self) -> None:
+        """Before somebody else leads, or a checkpoint of ours would come on top of theirs."""
+        if self.keeping is not None:
+            self.keeping.cancel()
+            await asyncio.gather(self.keeping, return_exceptions=True)
+            self.keeping = None
 
     async def commit(self, scheduler: Scheduler, batch: list[Asked]) -> None:
         ids = [asked.event_id for asked in batch if asked.event_id]

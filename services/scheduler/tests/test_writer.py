@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from libs.bus.loop import Meta
 from libs.contracts.events import (
     AttemptFailed,
     AttemptStarted,
@@ -22,9 +23,12 @@ from libs.doors import NotFound
 from services.scheduler import domain, lease, store
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor, Order
+from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.lease import LEADER
-from services.scheduler.stimuli import Heartbeat, JobSubmitted, Stimulus, Tick
-from services.scheduler.store import Cut, Diverged, Overtaken, Store
+from services.scheduler.nodes import Liveness
+from services.scheduler.stimuli import Heartbeat, Stimulus, Tick
+from services.scheduler.store import Diverged, Overtaken, Store
+from services.scheduler.tests.writing import job, led, scheduled
 from services.scheduler.writer import Overloaded, Standby, Writer
 from stack.testing import eventually
 
@@ -55,22 +59,6 @@ async def leading(db: Database, failures: int = 0) -> AsyncIterator[Writer]:
         yield writer
 
 
-@contextlib.asynccontextmanager
-async def led(writer: Writer) -> AsyncIterator[None]:
-    writer.leading.set()
-    task = asyncio.create_task(writer.write())
-    try:
-        yield
-    finally:
-        writer.leading.clear()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def job(name: str) -> JobSubmitted:
-    return JobSubmitted(JobRequested(project="p", job=name, kind="train"))
-
-
 def heartbeat() -> Heartbeat:
     return Heartbeat("n", "1", ["train"], Resources(1000, 1000))
 
@@ -84,11 +72,6 @@ async def count(db: Database, table: str) -> int:
         row = await tx.one(f"select count(*) as count from {table}")  # noqa: S608 - our own names
     assert row is not None
     return int(row["count"])
-
-
-async def scheduled(writer: Writer) -> list[tuple[str, str]]:
-    """(job, state) of all there are."""
-    return await writer.read(lambda now: [(key[1], job.state) for key, job in now.jobs.items()])
 
 
 async def test_a_decision_that_did_not_commit_was_not_taken(db: Database) -> None:
@@ -268,68 +251,6 @@ def happening(now: Scheduler, chance: random.Random) -> Stimulus:
     return AttemptFailed(**about, reason="x", retryable=chance.random() < 0.5)
 
 
-async def test_a_checkpoint_on_top_of_another_is_refused(db: Database) -> None:
-    async with leading(db) as first, leading(db) as second:
-        await first.take(job("a"))
-        await first.rest()
-        assert await scheduled(second) == [("a", "waiting")]
-        await first.take(job("b"))
-        await first.rest()
-        with pytest.raises(Overtaken, match="not the one of line 1"):
-            await second.rest()
-    assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b"]
-
-
-class Held(Store):
-    """Writes a checkpoint for each time that it may."""
-
-    def __init__(self, db: Database) -> None:
-        super().__init__(db)
-        self.reached, self.may = asyncio.Event(), asyncio.Semaphore(0)
-
-    async def keep(self, cut: Cut) -> None:
-        self.reached.set()
-        await self.may.acquire()
-        await super().keep(cut)
-
-
-async def test_the_last_checkpoint_is_the_only_one_at_a_time(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(db)
-    writer = Writer(held, BusExecutor())
-    async with led(writer):
-        await writer.take(job("a"))
-        resting = asyncio.create_task(writer.rest())
-        await held.reached.wait()
-        monkeypatch.setattr("services.scheduler.writer.KEEP_EVERY", 1)
-        await writer.take(job("b"))
-        await writer.take(job("c"))
-        held.may.release()
-        await resting
-        held.may.release()
-        if writer.keeping is not None:
-            await writer.keeping
-    assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b", "c"]
-
-
-async def test_where_an_older_release_came_to_rest_is_read(db: Database) -> None:
-    async with leading(db) as writer:
-        await writer.take(job("a"))
-        await writer.rest()
-        await writer.take(job("b"))
-        newer = await writer.read(lambda now: (now.sequence, msgspec.json.encode(now.snapshot())))
-    await Store(db).rest(*newer)
-    async with db.transaction() as tx:
-        await tx.execute("delete from log")
-    async with leading(db) as writer:
-        assert await scheduled(writer) == [("a", "waiting"), ("b", "waiting")]
-        await writer.rest()
-    async with db.transaction() as tx:
-        await tx.execute("delete from snapshot")
-    assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b"]
-
-
 async def test_two_leaders_do_not_write_over_each_other(db: Database) -> None:
     async with leading(db) as first, leading(db) as second:
         await scheduled(second)
@@ -418,3 +339,16 @@ async def test_a_standby_takes_nothing_until_it_leads(
     with pytest.raises(Standby, match="does another lead"):
         await Writer(Store(db), BusExecutor()).take(job("c"))
     assert await count(db, "log") == 2
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "n" * 201])
+async def test_a_name_that_cannot_be_written_down_never_gets_in(db: Database, name: str) -> None:
+    context = Context(Writer(Store(db), BusExecutor()), Liveness([], 0.0))
+    meta = Meta("an id", "", "", 1)
+    for event in (
+        JobRequested(project="p", job=name, kind="train"),
+        JobCancelled(project="p", job=name),
+    ):
+        with pytest.raises(ValueError, match="job: 1 to 200"):
+            await HANDLERS[type(event)](event, meta, context)
+    assert not context.writer.waiting
