@@ -111,7 +111,7 @@ bool Batcher::wake() {
   std::lock_guard held(lock_);
   if (line_.waiting() == 0) return false;
   if (idle_ > 0) changed_.notify_one();
-  else if (steers_) mailbox_->post(Mail{Mail::kWake, {}, 0, {}, {}});
+  else if (steers_ > 0) mailbox_->post(Mail{Mail::kWake, {}, 0, {}, {}});
   return idle_ > 0 && is_quick();
 }
 
@@ -174,12 +174,12 @@ bool Batcher::is_quick() const {
 // A turn over the sockets. False: it is not at the helm any more.
 bool Batcher::steer(std::unique_lock<std::mutex>& held) {
   bool may_sleep = line_.waiting() == 0 && !closed_;
-  steers_ = true;
+  ++steers_;
   held.unlock();
   bool goes_on = helm_->round(this, may_sleep);
   if (!goes_on) helm_->leave();
   held.lock();
-  steers_ = false;
+  --steers_;
   return goes_on;
 }
 
@@ -194,7 +194,7 @@ void Batcher::close() {
   std::lock_guard held(lock_);
   closed_ = true;
   changed_.notify_all();
-  if (steers_) mailbox_->post(Mail{Mail::kWake, {}, 0, {}, {}});
+  if (steers_ > 0) mailbox_->post(Mail{Mail::kWake, {}, 0, {}, {}});
 }
 
 Tally Batcher::tally(int64_t& waiting) {

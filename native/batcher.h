@@ -112,6 +112,7 @@ class Batch {
   const Requests& requests() const { return requests_; }
   int64_t start(size_t index) const { return stops_[index] - requests_[index]->rows; }
   int64_t rows() const { return stops_.back(); }
+  size_t size() const { return stops_.size(); }
   int64_t taken_ns() const { return taken_ns_; }
   bool is_over() const { return is_over_; }
   bool has_wire() const;
@@ -176,7 +177,7 @@ class Batcher : public std::enable_shared_from_this<Batcher> {
   Tally tally_;
   uint64_t tickets_ = 0;
   int idle_ = 0;  // runners that look again when `changed_` says so
-  bool steers_ = false;  // a runner is at the helm
+  int steers_ = 0;  // runners at the helm, or on their way from it: the next may have it already
   int64_t pace_ns_ = 0;  // of a batch, the latest count most; 0: none was answered yet
   bool closed_ = false;
 };

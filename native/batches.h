@@ -31,6 +31,7 @@ class PyBatch {
   }
 
   int64_t rows() const { return core_->rows(); }
+  size_t size() const { return core_->size(); }
   nb::list notes();
   nb::dict inputs();
   void answer(nb::dict outputs);

@@ -172,6 +172,7 @@ NB_MODULE(leptonic_native, module) {
 
   nb::class_<PyBatch>(module, "Batch")
       .def_prop_ro("rows", &PyBatch::rows)
+      .def_prop_ro("size", &PyBatch::size)
       .def_prop_ro("notes", &PyBatch::notes)
       .def("inputs", &PyBatch::inputs)
       .def("answer", &PyBatch::answer)

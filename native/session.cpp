@@ -159,8 +159,10 @@ Session::Session(Desk& desk, uint64_t number, std::string from)
       {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, kStreamsMax},
       {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, kStreamWindow},
       {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, kHeaderBytesMax},
+#if NGHTTP2_VERSION_NUM >= 0x013000
       // No tree of who waits for whom: 7 % of a request's CPU, and gRPC's clients ask for none.
       {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1},
+#endif
   };
   nghttp2_submit_settings(http_, NGHTTP2_FLAG_NONE, settings, std::size(settings));
   nghttp2_session_set_local_window_size(http_, NGHTTP2_FLAG_NONE, 0, kConnectionWindow);

@@ -142,14 +142,15 @@ class Agent:
     async def tell(self) -> None:
         """What there is to do here, to whoever speaks for the node: without it, what only this
         process is busy with would look idle."""
-        subject = f"replicas.{self.node.name}{WAITING}"
         while True:
             if self.speaks:
                 await asyncio.sleep(BEAT_S)
                 continue
             self.called_out.clear()
             with contextlib.suppress(*TRANSIENT):  # it is said again
-                await self.bus.broadcast(subject, self.told(self.look()))
+                await self.bus.broadcast(
+                    f"replicas.{self.node.name}{WAITING}", self.told(self.look())
+                )
             await self.next_time()
 
     async def next_time(self) -> None:

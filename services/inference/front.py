@@ -123,6 +123,8 @@ class Batch(Protocol):
     """Taken: to be answered or failed, once."""
 
     rows: int
+    size: int
+    """Requests."""
     notes: Sequence[Note]
 
     def inputs(self) -> Arrays:

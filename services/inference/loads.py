@@ -20,6 +20,8 @@ MS = 1_000_000
 """In ns."""
 MILLI = 1000
 P95 = 0.95
+WINDOW_NS = 200 * MS
+"""At least: of a shorter one, in which a batch ends or none does, nothing follows."""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -47,13 +49,16 @@ class Loads:
         self.endpoints = endpoints
         self.known: dict[Served, Sums] = {}
         self.looked_ns = now_ns
+        self.last: dict[Key, Load] = {}
 
     def look(self, waiting: Mapping[Key, int], now_ns: int) -> list[Load]:
         """Since the last look. `waiting`: requests for models that nobody serves."""
-        passed_ns = max(1, now_ns - self.looked_ns)
-        known, self.known, self.looked_ns = self.known, {}, now_ns
-        routed = [one for one in self.endpoints.by_key.values() if any(one.route.values())]
-        loads = [self.load_of(endpoint, known, passed_ns) for endpoint in routed]
+        routed = {k: one for k, one in self.endpoints.by_key.items() if any(one.route.values())}
+        passed_ns = now_ns - self.looked_ns
+        if passed_ns >= WINDOW_NS:
+            known, self.known, self.looked_ns = self.known, {}, now_ns
+            self.last = {k: self.load_of(one, known, passed_ns) for k, one in routed.items()}
+        loads = [self.last.get(key, Load(*key, 0)) for key in routed]
         return loads + waiting_for(waiting)
 
     def load_of(self, endpoint: Endpoint, known: Mapping[Served, Sums], passed_ns: int) -> Load:
@@ -67,7 +72,7 @@ class Loads:
             spent_ns += sums.spent_ns - before.spent_ns
             pairs = zip(latency, sums.latency, before.latency, strict=True)
             latency = [total + now - then for total, now, then in pairs]
-            present += counts.waiting + served.streams
+            present += counts.waiting + sum(served.running) + served.streams
         milli = max(spent_ns * MILLI // passed_ns, present * MILLI)
         return Load(endpoint.project, endpoint.model, milli, p95_ms(latency), requests)
 

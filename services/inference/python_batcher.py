@@ -84,7 +84,7 @@ class PythonBatch:
         self.requests = requests
         self.taken_ns = taken_ns
         self.stops = list(accumulate(request.rows for request in requests))
-        self.rows = self.stops[-1]
+        self.rows, self.size = self.stops[-1], len(requests)
         self.noted = {
             index: self.note(request, self.stops[index])
             for index, request in enumerate(requests)

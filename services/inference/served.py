@@ -160,6 +160,8 @@ class Served:
         self.refused: dict[int, tuple[int, int]] = {}
         """Requests that never joined, as `Counts.failures`."""
         self.streams = 0
+        self.running: list[int] = []
+        """Requests of each batch that the model runs now."""
         self.quiet = asyncio.Event()
         """No stream runs."""
         self.quiet.set()
@@ -288,7 +290,7 @@ class Served:
     def run(self, batch: Batch) -> None:
         try:
             inputs = batch.inputs()
-            outputs = self.model.run(inputs)
+            outputs = self.computed(inputs, batch.size)
             batch.answer(outputs)
         except Crashed as error:
             for part in batch.split():
@@ -302,6 +304,13 @@ class Served:
         else:
             if batch.notes:
                 self.keep([self.noted(batch, note, inputs, outputs) for note in batch.notes])
+
+    def computed(self, inputs: Arrays, requests: int) -> Arrays:
+        self.running.append(requests)
+        try:
+            return self.model.run(inputs)
+        finally:
+            self.running.remove(requests)
 
     def retry(self, batch: Batch, problem: str) -> None:
         """One by one, so that a request fails for itself only."""

@@ -6,8 +6,9 @@ from time import monotonic_ns
 
 import pytest
 
+from services.inference import native
 from services.inference.front import LATENCY_BOUNDS_NS
-from services.inference.loads import Load, Loads, p95_ms, together
+from services.inference.loads import WINDOW_NS, Load, Loads, p95_ms, together
 from services.inference.served import Served
 from services.inference.tests.desk import Own, double, opened, request, row
 from services.inference.tests.test_busdoor import gated
@@ -48,7 +49,7 @@ async def test_who_waits_and_who_was_answered_is_told_once() -> None:
         loads = Loads(desk.endpoints, monotonic_ns())
         asking = [asyncio.create_task(ask(desk.stub)) for _ in range(64)]
         await eventually(lambda: served.counts().waiting > 30)
-        (load,) = loads.look({}, monotonic_ns())
+        (load,) = loads.look({}, loads.looked_ns + S)
         assert (load.project, load.model, load.requests, load.ready) == (*KEY, 0, True)
         assert 30_000 < load.concurrency_milli <= 64_000
         release.set()
@@ -59,6 +60,40 @@ async def test_who_waits_and_who_was_answered_is_told_once() -> None:
         assert load.concurrency_milli == spent_ns * 1000 // S
         assert load.p95_ms >= 1
         assert loads.look({}, loads.looked_ns + S) == [Load(*KEY, 0)]
+
+
+@pytest.mark.parametrize("kind", ["native", "python"])
+async def test_what_runs_is_there_though_nobody_waits_and_nothing_was_answered(kind: str) -> None:
+    """A request that takes longer than a model may be idle would lose it its replica."""
+    if kind == "native" and not native.available():
+        pytest.skip("leptonic_native is not built: make native")
+    release = threading.Event()
+    async with opened(kind=kind) as desk:
+        await desk.serve("double", gated(release))
+        served = desk.endpoints.served("double", "")
+        loads = Loads(desk.endpoints, monotonic_ns())
+        asking = asyncio.create_task(ask(desk.stub))
+        await eventually(lambda: served.running == [1])
+        for _ in range(3):
+            assert loads.look({}, loads.looked_ns + S) == [Load(*KEY, 1000)]
+        release.set()
+        await asking
+        await eventually(lambda: not served.running)
+
+
+async def test_a_look_too_soon_finds_what_the_last_found() -> None:
+    """A window of a millisecond in which a batch ends holds seconds of waiting."""
+    async with opened() as desk:
+        await desk.serve("double", double())
+        loads = Loads(desk.endpoints, monotonic_ns())
+        await ask(desk.stub)
+        first = loads.look({}, loads.looked_ns + S)
+        assert first[0].requests == 1
+        looked_ns = loads.looked_ns
+        await ask(desk.stub)
+        soon = loads.look({("default", "other"): 2}, looked_ns + WINDOW_NS - 1)
+        assert soon == [*first, Load("default", "other", 2000, ready=False)]
+        assert [one.requests for one in loads.look({}, looked_ns + WINDOW_NS)] == [1]
 
 
 async def test_what_somebody_waits_for_is_told_though_it_is_not_here() -> None:
@@ -83,7 +118,7 @@ async def test_a_version_that_went_takes_nothing_with_it() -> None:
         await desk.serve("double", double())
         loads = Loads(desk.endpoints, monotonic_ns())
         await ask(desk.stub)
-        loads.look({}, monotonic_ns())
+        loads.look({}, loads.looked_ns + S)
         before: Served = desk.endpoints.served("double", "")
         another: Own = double()
         await desk.serve("double", another)
