@@ -15,6 +15,7 @@ import subprocess
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic, sleep
 
 import psycopg
 
@@ -35,6 +36,9 @@ POSTGRES_CONNECTIONS_MAX = 200
 AS_NOBODY = ("unshare", "--user", "--map-user=65534", "--map-group=65534")
 NO_PID = 99_999_999
 """Above the kernel's largest, 2^22."""
+SHARED_MEMORY_LINE = 6
+"""Of `postmaster.pid`: key and id."""
+ORPHANS_S = 10.0
 PROBE_S = 1.0
 PROBE_BUCKET = "probe"
 HTTP_LINE_MAX = 200
@@ -75,6 +79,7 @@ def postgres(folder: Path, port: int, password: str) -> Program:
         if not folder.exists():
             initialise(folder, password)
         disown_stale_lock(folder)
+        until_orphans_ended(folder / "postmaster.pid")
 
     async def ready() -> bool:
         try:
@@ -144,6 +149,23 @@ def disown_stale_lock(folder: Path) -> None:
         return
     if not is_ours:
         lock.write_text(f"{NO_PID}\n{rest}")
+
+
+def until_orphans_ended(lock: Path) -> None:
+    """A killed server's children end a moment after it, 50 ms on a busy machine, and while one of
+    them has the shared memory that the lock names, no other server starts.
+    """
+    lines = lock.read_text().splitlines() if lock.exists() else []
+    memory = lines[SHARED_MEMORY_LINE].split() if len(lines) > SHARED_MEMORY_LINE else []
+    deadline = monotonic() + ORPHANS_S
+    while memory and is_attached(memory[1]) and monotonic() < deadline:
+        sleep(0.02)
+
+
+def is_attached(identifier: str) -> bool:
+    """Whether a process has the System V shared memory, proc(5): id and nattch are columns 2, 7."""
+    rows = (line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:])
+    return any(row[1] == identifier and row[6] != "0" for row in rows)
 
 
 def as_ordinary_user(*command: str) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
 """What was acked is there after SIGKILL, on every server."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 from minio.error import S3Error
@@ -67,6 +69,19 @@ async def test_postgres_starts_although_its_old_pid_is_anothers(
     lock = tmp_path / "postgres" / "postmaster.pid"
     _, _, rest = lock.read_text().partition("\n")
     lock.write_text(f"1\n{rest}")
+    await server.start()
+
+
+async def test_postgres_waits_for_the_children_of_a_killed_one(
+    postgres: tuple[Server, str],
+) -> None:
+    """One that is stopped stands for one that gets no processor for a while."""
+    server, _ = postgres
+    assert server.running is not None
+    slow = psutil.Process(server.running.pid).children()[0]
+    slow.suspend()
+    await server.kill()
+    asyncio.get_running_loop().call_later(0.3, slow.resume)
     await server.start()
 
 
