@@ -7,11 +7,15 @@ from collections.abc import AsyncIterator
 import msgspec
 import psycopg
 import pytest
+from msgspec.structs import replace
 
+from libs.contracts.events import AttemptPlaced, Resources
 from libs.database import Database, connect
 from services.scheduler import store
+from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor
-from services.scheduler.store import Cut, Overtaken, Store
+from services.scheduler.stimuli import Heartbeat
+from services.scheduler.store import Cut, Overtaken, Store, digest, whole_digest
 from services.scheduler.tests.writing import job, led, scheduled
 from services.scheduler.writer import Writer
 
@@ -136,3 +140,34 @@ async def test_where_an_older_release_came_to_rest_is_read(db: Database) -> None
     async with db.transaction() as tx:
         await tx.execute("delete from snapshot")
     assert [key[1] for key in (await Store(db).load()).jobs] == ["a", "b"]
+
+
+async def test_many_jobs_are_read_in_the_order_of_submission(db: Database) -> None:
+    names = [f"j{number}" for number in range(600, 0, -1)]
+    async with leading(db) as writer:
+        await writer.ask(lambda _: [job(name) for name in names], lambda _: None)
+        await writer.rest()
+    assert [key[1] for key in (await Store(db).load()).jobs] == names
+
+
+async def test_what_a_release_adds_to_an_event_does_not_make_the_log_unreadable(
+    db: Database,
+) -> None:
+    """What was decided is the same; also as the releases before wrote it down."""
+    heartbeat = Heartbeat("n", 1, ["train"], Resources(1000, 1000))
+    async with leading(db) as writer:
+        await writer.take(heartbeat)
+        await writer.take(job("a"))
+    again = Scheduler()
+    again.handle(heartbeat, 0.0)
+    (placed,) = again.handle(job("a"), 0.0)
+    assert isinstance(placed, AttemptPlaced)
+    assert digest([replace(placed, workers=7)]) == digest([placed])
+    assert digest([replace(placed, node="m")]) != digest([placed])
+    async with db.transaction() as tx:
+        row = await tx.one("select decided from log where sequence = 2")
+        assert row == {"decided": digest([placed])}
+        await tx.execute(
+            "update log set decided = %s where sequence = 2", (whole_digest([placed]),)
+        )
+    assert (await Store(db).load()).sequence == 2
