@@ -99,7 +99,7 @@ class Scheduler(Fleet):
         self.sequence += 1
         self.token_before = self.token
         STIMULI[type(stimulus)](self, stimulus)
-        if elastic.concerns(self, stimulus):
+        if elastic.concerns(self, stimulus) or (self.freed and self.deployments):
             elastic.settle(self)
         self.place_what_fits()
         self.evicted.clear()

@@ -123,7 +123,8 @@ def add(book: Book, deployment: Deployment) -> bool:
     if node is None and others:
         return False
     job = book.jobs.get((deployment.project, first_replica(deployment.model)))
-    if job is None or job in others or job.state in TERMINAL:
+    known = job is not None and job.request.kind == REPLICA_KIND and job not in others
+    if job is None or not known or job.state in TERMINAL:
         request = request_of(deployment, name_for(book, deployment), node)
         job = book.add(request, deployment.traceparent)
     deployment.jobs = [*deployment.jobs, job.request.job]
@@ -131,11 +132,13 @@ def add(book: Book, deployment: Deployment) -> bool:
 
 
 def name_for(book: Book, deployment: Deployment) -> str:
-    """One that no job had."""
+    """One that no job has, whoever asked for it, and no replica had."""
     first = first_replica(deployment.model)
     if (deployment.project, first) not in book.jobs and deployment.number == 1:
         return first
     deployment.number += 1
+    while (deployment.project, f"{first}.{deployment.number}") in book.jobs:
+        deployment.number += 1
     return f"{first}.{deployment.number}"
 
 

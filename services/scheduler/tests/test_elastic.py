@@ -2,6 +2,7 @@
 them, and given back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from libs.contracts.events import (
     AttemptFailed,
     AttemptPlaced,
     AttemptStopped,
+    AttemptSucceeded,
     Event,
     JobCancelled,
     JobRequested,
@@ -209,6 +211,29 @@ def test_from_zero_it_is_another_job() -> None:
     (placed,) = world.scale(1)
     assert isinstance(placed, AttemptPlaced)
     assert (placed.job, placed.node) == ("serve-digits.2", "a")
+
+
+def test_no_replica_takes_the_name_of_somebody_s_job() -> None:
+    world = World("a", "b")
+    taken = [world.submit(name, 100) for name in ("serve-digits", "serve-digits.2")]
+    world.deploy()
+    world.scale(2)
+    assert list(world.replicas) == ["serve-digits.3", "serve-digits.4"]
+    assert [job.request.kind for job in taken] == ["train", "train"]
+    assert all(world.scheduler.jobs[job.key] is job for job in taken)
+
+
+def test_a_replica_that_waits_for_one_node_goes_where_a_job_ends() -> None:
+    """In that step: nobody needs to say more about the nodes."""
+    world = World("a", "b")
+    jobs = [world.submit("first", 900), world.submit("second", 900)]
+    world.deploy()
+    waits_for = world.scheduler.jobs["default", "serve-digits"].request.labels[NODE_LABEL]
+    (job,) = [job for job in jobs if waits_for not in job.live.nodes]
+    (node,) = job.live.nodes
+    about: dict[str, Any] = {"attempt": job.attempt, "token": job.live.token, "node": node}
+    world.do(AttemptSucceeded(project="default", job=job.request.job, **about))
+    assert world.replicas == {"serve-digits.2": node}
 
 
 def test_only_decisions_are_logged() -> None:
