@@ -123,6 +123,7 @@ class Book:
             submitted_at=self.now,
             waiting_since=self.now,
         )
+        assert job.key not in self.jobs, job.key
         self.jobs[job.key] = job
         self.enqueue(job)
         return job
@@ -185,6 +186,7 @@ class Book:
         self.forget_end(job)
         job.live.running_at = self.now
         self.note_end(job)
+        self.changes += bool(job.request.duration_s)  # the order of ends
 
     def queue_again(self, job: Job, cause: Cause) -> None:
         self.release(job, cause)

@@ -19,7 +19,7 @@ from libs.contracts.events import (
     JobRequested,
     Resources,
 )
-from services.scheduler import planner, planning
+from services.scheduler import backfill, planner, planning
 from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.ledger import Ledger
 from services.scheduler.scores import Prices
@@ -325,6 +325,24 @@ def calls_of(scheduler: Scheduler, stimulus: Stimulus) -> int:
     finally:
         sys.setprofile(None)
     return calls
+
+
+def test_who_had_no_reservation_has_one_once_others_end_in_another_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a restart: that it had none is remembered only while nothing has changed."""
+    monkeypatch.setattr(backfill, "ENDS_MAX", 1)
+    cluster = Cluster(2, 1)
+    cluster.submit("large", gpus=2, duration_s=15)
+    cluster.submit("small", duration_s=10)
+    assert cluster.submit("next", gpus=2) == "waiting"
+    assert cluster.scheduler.reservation is None
+    cluster.now += 8
+    cluster.answer(AttemptStarted, "small")
+    restored = restore(cluster.scheduler.snapshot())
+    for scheduler in (cluster.scheduler, restored):
+        assert scheduler.reservation is not None
+        assert scheduler.reservation.job == ("p", "next")
 
 
 def test_what_a_stimulus_costs_does_not_grow_with_who_waits() -> None:
