@@ -26,6 +26,7 @@ The tables are integers; the program is solved in floating point, once, and its 
 the scheduler's log, so that decisions replay.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,7 @@ from scipy.sparse import csr_array
 from services.scheduler.scores import WORTH, Prices
 from services.scheduler.shapes import GPU_MILLI, Machine, Shape
 
+log = logging.getLogger(__name__)
 ROUNDS_MAX = 100
 """openb needs 20 to 30; prices of a round too few are nearly those of the last."""
 BETTER = 1e-7
@@ -99,7 +101,8 @@ def demand_of(shape: Shape) -> Demand:
 
 
 def plan(machines: Iterable[Machine], typical: Typical) -> Plan:
-    """Prices for these machines and this mix; an empty plan where either has no GPUs."""
+    """Prices for these machines and this mix; an empty plan where either has no GPUs, or where
+    the program could not be solved."""
     mix: Counter[Demand] = Counter()
     for shape, count in typical:
         if shape.gpus:
@@ -110,6 +113,8 @@ def plan(machines: Iterable[Machine], typical: Typical) -> Plan:
         return Plan()
     groups = grouped(demands, models)
     solution = solve(demands, [mix[demand] for demand in demands], groups)
+    if solution is None:
+        return Plan()
     worths = dict(zip(demands, solution.worth, strict=True))
     load_milli = int(GPU_MILLI * solution.load * (1 + 1e-9))
     return Plan(tabulated(demands, worths, groups, typical), load_milli)
@@ -147,14 +152,24 @@ def grouped(demands: Sequence[Demand], models: Iterable[Model]) -> list[Group]:
 # --- the linear program
 
 
-def solve(demands: Sequence[Demand], counts: Sequence[int], groups: Sequence[Group]) -> Solution:
-    """Duals of the program at the top of this file, scaled so that the dearest GPU is worth 1."""
+def solve(
+    demands: Sequence[Demand], counts: Sequence[int], groups: Sequence[Group]
+) -> Solution | None:
+    """Duals of the program at the top of this file, scaled so that the dearest GPU is worth 1.
+
+    Where the solver gives up, those of the round before; None in the first.
+    """
     load = sum(n * d.gpus * d.gpu_milli for n, d in zip(counts, demands, strict=True)) / GPU_MILLI
     shares = [count / load for count in counts]
     patterns = first_patterns(demands, groups)
+    solution = None
     for _ in range(ROUNDS_MAX):
-        held, prices, rents = master(shares, groups, patterns)
+        solved = master(shares, groups, patterns)
+        if solved is None:
+            break
+        held, prices, rents = solved
         dearest = max(rents)
+        solution = Solution(load=held, worth=[price / dearest for price in prices])
         new = [
             pattern
             for g, group in enumerate(groups)
@@ -163,7 +178,7 @@ def solve(demands: Sequence[Demand], counts: Sequence[int], groups: Sequence[Gro
         if not new:
             break
         patterns.update(dict.fromkeys(new))
-    return Solution(load=held, worth=[price / dearest for price in prices])
+    return solution
 
 
 def first_patterns(demands: Sequence[Demand], groups: Sequence[Group]) -> dict[Pattern, None]:
@@ -178,8 +193,9 @@ def first_patterns(demands: Sequence[Demand], groups: Sequence[Group]) -> dict[P
 
 def master(
     shares: Sequence[float], groups: Sequence[Group], patterns: Iterable[Pattern]
-) -> tuple[float, list[float], list[float]]:
-    """(t, the price of every demand, the rent of a GPU of every group)."""
+) -> tuple[float, list[float], list[float]] | None:
+    """(t, the price of every demand, the rent of a GPU of every group); None where the solver
+    gives up."""
     size = sum(group.gpus for group in groups)
     rows, columns, values = list(range(len(shares))), [0] * len(shares), list(shares)
     for column, pattern in enumerate(patterns, start=1):
@@ -191,7 +207,9 @@ def master(
     goal = np.zeros(shape[1])
     goal[0] = -1
     result = linprog(goal, csr_array((values, (rows, columns)), shape=shape), bounds)
-    assert result.status == 0, result.message
+    if result.status != 0:
+        log.warning("no prices: %s", result.message)
+        return None
     duals = [-float(dual) for dual in result.ineqlin.marginals]
     return float(result.x[0]) * size, duals[: len(shares)], duals[len(shares) :]
 

@@ -1,6 +1,7 @@
 """Plans, off the decision path: prices for what comes lately, through the log like everything."""
 
 import asyncio
+import functools
 import logging
 
 from libs.database import TRANSIENT
@@ -24,6 +25,11 @@ def wanted(scheduler: Scheduler) -> Wanted | None:
     return machines, scheduler.typical.shapes()
 
 
+def planned(made: planner.Plan, scheduler: Scheduler) -> list[Planned]:
+    """Without a plan the prices stay, and the next one is due when as much has come again."""
+    return [Planned(made.prices if made != planner.Plan() else scheduler.prices)]
+
+
 async def plan(writer: Writer) -> None:
     """Whenever enough has come; a plan that is late or lost costs little (docs/scheduler.md)."""
     while True:
@@ -32,6 +38,6 @@ async def plan(writer: Writer) -> None:
             given = await writer.read(wanted)
             if given is not None:
                 made = await asyncio.to_thread(planner.plan, *given)
-                await writer.take(Planned(made.prices))
+                await writer.ask(functools.partial(planned, made), lambda _: None)
         except TRANSIENT as error:
             log.warning("planning: %s", error)

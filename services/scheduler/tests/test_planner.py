@@ -4,11 +4,14 @@ that typical shapes are learned within their bounds."""
 
 import random
 from itertools import combinations_with_replacement, pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import OptimizeResult, linprog
 
+from services.scheduler import planner
 from services.scheduler.planner import Demand, Group, Model, Plan, grouped, plan, solve
 from services.scheduler.pool import PythonPool
 from services.scheduler.scores import WORTH, Prices
@@ -68,6 +71,26 @@ def test_without_gpus_there_is_no_plan() -> None:
     assert plan(MACHINES, [(Shape(1_000, 1_000, 1, 500, ("H100",)), 3)]) == Plan()
 
 
+def test_where_the_solver_gives_up_the_round_before_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mix = [(Shape(0, 0, 1, 700), 7), (Shape(0, 0, 1, 300), 16)]
+    whole, rounds, most = plan(MACHINES, mix), 0, 0
+
+    def tiring(*args: Any) -> OptimizeResult:
+        nonlocal rounds
+        rounds += 1
+        return linprog(*args, options={"maxiter": 0, "presolve": False} if rounds > most else {})
+
+    monkeypatch.setattr(planner, "linprog", tiring)
+    assert plan(MACHINES, mix) == Plan()
+    rounds, most = 0, 1
+    early = plan(MACHINES, mix)
+    assert rounds == 2
+    assert 0 < early.load_milli < whole.load_milli
+    assert early.prices.models == whole.prices.models
+
+
 sizes = st.sampled_from([110, 160, 220, 330, 470, 550, 650, 810, 1000])
 demands = st.builds(
     lambda size, models: Demand(1, size, models), sizes, st.sampled_from([(), ("A",)])
@@ -85,6 +108,7 @@ def test_no_pattern_is_worth_more_than_its_gpu_and_the_rents_pay_the_load(
     counts = [mix[demand] for demand in asked]
     groups = grouped(asked, [Model("A", of_a, 1), Model("B", of_b, 1)])
     solution = solve(asked, counts, groups)
+    assert solution is not None
     rents = [max_worth(asked, solution.worth, group) for group in groups]
     load = sum(n * d.gpu_milli for n, d in zip(counts, asked, strict=True)) / 1000
     price = sum(n * w for n, w in zip(counts, solution.worth, strict=True)) / load

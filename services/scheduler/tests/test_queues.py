@@ -288,6 +288,13 @@ def test_a_plan_s_prices_are_part_of_the_state() -> None:
     assert again.prices == scheduler.prices != Prices()
     assert msgspec.json.encode(again.snapshot()) == frozen
     assert again.typical == scheduler.typical
+    for number in range(20):
+        cluster.submit(f"more-{number}")
+    assert planning.wanted(scheduler) is not None
+    known = scheduler.prices
+    cluster.tell(*planning.planned(planner.Plan(), scheduler))
+    assert planning.wanted(scheduler) is None, "no plan is asked for again at once"
+    assert scheduler.prices == known
 
 
 def test_nobody_gives_more_back_than_was_lent() -> None:
