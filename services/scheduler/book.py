@@ -262,6 +262,7 @@ class Book:
 
     def end(self, job: Job) -> None:
         job.request = msgspec.structs.replace(job.request, spec={})
+        job.ended_at = self.now
         self.finished.append(job.key)
 
     def enqueue(self, job: Job) -> None:

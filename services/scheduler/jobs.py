@@ -107,6 +107,7 @@ class Job(msgspec.Struct, kw_only=True, dict=True):
     """Time in placements, which does not age it."""
     is_overdue: bool = False
     """It has waited as long as anybody may, in a queue by attained service."""
+    ended_at: float = 0.0
 
     @cached_property
     def key(self) -> Key:

@@ -201,13 +201,22 @@ def test_what_can_never_run_fails_and_names_the_field(fields: dict[str, Any], fi
     assert len(msgspec.json.encode(ended)) < 1000
 
 
-def test_ended_jobs_are_forgotten_oldest_first() -> None:
+def test_ended_jobs_are_forgotten_oldest_first_and_not_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(domain, "FINISHED_MIN", 3)
+    monkeypatch.setattr(domain, "FINISHED_MAX", 5)
     scheduler = Scheduler()
-    for number in range(domain.FINISHED_MAX + 2):
-        scheduler.handle(JobCancelled(project="p", job=f"{number}"), 1.0)
-    assert len(scheduler.jobs) == domain.FINISHED_MAX
-    assert ("p", "1") not in scheduler.jobs
-    assert ("p", "2") in scheduler.jobs
+
+    def known_after(number: int, now: float) -> list[str]:
+        scheduler.handle(JobCancelled(project="p", job=f"{number}"), 10_000.0 + now)
+        return [job for _, job in scheduler.jobs]
+
+    for number in range(5):
+        known = known_after(number, number)
+    assert known == ["0", "1", "2", "3", "4"], "too many, but who asks again may mean them"
+    assert known_after(5, 5.0) == ["1", "2", "3", "4", "5"], "there is no room for more"
+    assert known_after(6, 3.5 + domain.KNOWN_S) == ["4", "5", "6"], "nobody means them any more"
 
 
 def test_a_move_that_no_table_has_raises() -> None:

@@ -210,6 +210,7 @@ async def test_a_checkpoint_and_the_lines_after_it_are_the_state(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs that come, start, end, are forgotten and come again, and checkpoints in between."""
+    monkeypatch.setattr(domain, "FINISHED_MIN", 5)
     monkeypatch.setattr(domain, "FINISHED_MAX", 5)
     monkeypatch.setattr("services.scheduler.writer.KEEP_EVERY", 7)
     monkeypatch.setattr(store, "LOG_KEPT", 20)
