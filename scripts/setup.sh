@@ -10,7 +10,8 @@ torch=()
 if [ -n "$links" ]; then export UV_FIND_LINKS=$links; else torch=(--torch-backend=auto); fi
 [ -d .venv ] || .uv/bin/uv venv -q .venv
 .uv/bin/uv pip install -q -p .venv "${torch[@]}" -c constraints.txt \
-  -e libs/leptonic -e '.[ingest,preprocess,trainer,inference,kernels,embedded,examples]' --group dev
+  -e libs/leptonic --group dev \
+  -e '.[ingest,preprocess,trainer,inference,scheduler,agent,kernels,embedded,examples]'
 # The first start finds its bytecode: half of a service's start-up is imports, and torch without it
 # costs a training worker 10 s.
 export PYTHONDONTWRITEBYTECODE=
