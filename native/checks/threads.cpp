@@ -14,19 +14,25 @@ namespace leptonic {
 namespace {
 
 constexpr int64_t kRowsMax = 8;
+constexpr size_t kBatchers = 2;  // whose runners take the helm from each other
 
 struct Scene {
   std::shared_ptr<Mailbox> mailbox = std::make_shared<Mailbox>();
   std::shared_ptr<Helm> helm = std::make_shared<Helm>([this](const Batcher* mine, bool may_sleep) { return round(mine, may_sleep); });
-  std::shared_ptr<Batcher> batcher = std::make_shared<Batcher>(
-      Lane{"m", "1", {{"x", "INT64", {-1}, 8}}, {{"y", "INT64", {-1}, 8}}, true, false}, mailbox, helm);
+  std::vector<std::shared_ptr<Batcher>> batchers;
   std::atomic<int> refused{0}, left{0};
   std::atomic<bool> over{false};
   std::vector<Mail> mails;  // and what follows: of who is at the helm
   int told = 0, rounds = 0, of_runners = 0;
 
+  Scene();
   bool round(const Batcher* mine, bool may_sleep);
 };
+
+Scene::Scene() {
+  Lane lane{"m", "1", {{"x", "INT64", {-1}, 8}}, {{"y", "INT64", {-1}, 8}}, true, false};
+  for (size_t i = 0; i < kBatchers; ++i) batchers.push_back(std::make_shared<Batcher>(lane, mailbox, helm));
+}
 
 // As the front's: asleep until the bell rings, so that one that is forgotten stops everything.
 bool Scene::round(const Batcher* mine, bool may_sleep) {
@@ -58,14 +64,15 @@ void join(Scene& scene, int32_t first, int count, uint64_t seed) {
   Random random(seed);
   for (int32_t number = first; number < first + count; ++number) {
     auto request = some_of(number, random);
-    int64_t ticket = scene.batcher->join(request);
+    Batcher& batcher = *scene.batchers[below(random, kBatchers)];
+    int64_t ticket = batcher.join(request);
     if (ticket <= 0) {
       CHECK(ticket == kFull);
       ++scene.refused;
-    } else if (below(random, 10) == 0 && scene.batcher->leave(ticket)) {
+    } else if (below(random, 10) == 0 && batcher.leave(ticket)) {
       ++scene.left;
     }
-    scene.batcher->wake();
+    batcher.wake();
   }
 }
 
@@ -79,12 +86,12 @@ void answer(Batch& batch) {
   batch.answer({{rows.data(), batch.input_shape(0)}});
 }
 
-void work(Scene& scene, uint64_t seed) {
+void work(Batcher& batcher, uint64_t seed) {
   Random random(seed);
   for (;;) {
     std::unique_ptr<Batch> batch;
     std::vector<Refused> late;
-    if (!scene.batcher->take(batch, late)) return;
+    if (!batcher.take(batch, late)) return;
     if (!batch) continue;
     CHECK(batch->rows() <= kRowsMax);
     switch (below(random, 4)) {
@@ -106,9 +113,10 @@ void configure(Scene& scene, uint64_t seed, const std::atomic<bool>& over) {
     limits.priority_levels = below(random, 4);
     limits.delay_late = below(random, 2);
     limits.default_timeout_us = static_cast<int64_t>(below(random, 3) * 100);
-    scene.batcher->configure(limits, {double(below(random, 3)), 50, 10});
+    Batcher& batcher = *scene.batchers[below(random, kBatchers)];
+    batcher.configure(limits, {double(below(random, 3)), 50, 10});
     int64_t waiting = 0;
-    scene.batcher->tally(waiting);
+    batcher.tally(waiting);
     std::this_thread::yield();
   }
 }
@@ -129,11 +137,12 @@ void check_threads(uint64_t seed, int rounds) {
   Scene scene;
   Limits limits;
   limits.max_batch_size = kRowsMax;
-  scene.batcher->configure(limits, {});
+  for (auto& batcher : scene.batchers) batcher->configure(limits, {});
   std::atomic<bool> joined{false};
   scene.helm->lend(true);
   std::vector<std::thread> runners, joiners;
-  for (uint64_t i = 0; i < kRunners; ++i) runners.emplace_back([&, i] { work(scene, seed + i); });
+  for (uint64_t i = 0; i < kRunners * kBatchers; ++i)
+    runners.emplace_back([&, i] { work(*scene.batchers[i % kBatchers], seed + i); });
   for (int i = 0; i < kJoiners; ++i)
     joiners.emplace_back([&, i] { join(scene, 1 + i * rounds, rounds, seed + 100 + static_cast<uint64_t>(i)); });
   std::thread configurer([&] { configure(scene, seed, joined); });
@@ -141,7 +150,7 @@ void check_threads(uint64_t seed, int rounds) {
   for (auto& thread : joiners) thread.join();
   joined = true;
   configurer.join();
-  scene.batcher->close();
+  for (auto& batcher : scene.batchers) batcher->close();
   for (auto& thread : runners) thread.join();
   scene.over = true;
   scene.helm->lend(false);
