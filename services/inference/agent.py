@@ -9,17 +9,13 @@ import itertools
 import logging
 from time import monotonic, monotonic_ns
 
-import msgspec
-
 from libs import telemetry
 from libs.bus import Bus
 from libs.bus.loop import backoff_s
-from libs.contracts.autoscaling import NODE_LABEL, REPLICA_KIND
 from libs.contracts.events import (
     DeploymentObserved,
     DeploymentReady,
     DeploymentUpdated,
-    Resources,
     Target,
 )
 from libs.database import TRANSIENT, Database
@@ -31,7 +27,7 @@ from services.inference.endpoints import Endpoints, Key
 from services.inference.forward import Forwarder
 from services.inference.loads import Load, Loads, together
 from services.inference.models import Build, in_process
-from services.inference.peers import Told
+from services.inference.node import Node
 from services.inference.presence import WAITING, Presence
 from services.inference.registry import Registry
 
@@ -48,17 +44,6 @@ LINGER_S = 10.0
 callers are served as before."""
 FORGET_EVERY = 3600
 """Observations between two sweeps of the request log."""
-
-
-class Node(msgspec.Struct, frozen=True):
-    """What this process is to the scheduler, and to whoever counts replicas."""
-
-    name: str
-    incarnation: str
-    """Of the process: another one after every start."""
-    capacity: Resources
-    address: str
-    """Of its gRPC door, for the other replicas."""
 
 
 class Agent:
@@ -135,8 +120,12 @@ class Agent:
             self.called_out.clear()
             own = self.look()
             loads = together([own, *self.presence.of_others(monotonic())])
-            await self.bus.broadcast(f"heartbeats.{self.node.name}", self.heartbeat(loads))
-            await self.bus.broadcast(f"replicas.{self.node.name}", self.told(own))
+            await self.bus.broadcast(
+                f"heartbeats.{self.node.name}", self.node.heartbeat(self.assignments, loads)
+            )
+            await self.bus.broadcast(
+                f"replicas.{self.node.name}", self.node.told(self.endpoints.project, own)
+            )
             await self.next_time()
 
     async def tell(self) -> None:
@@ -149,9 +138,14 @@ class Agent:
             self.called_out.clear()
             with contextlib.suppress(*TRANSIENT):  # it is said again
                 await self.bus.broadcast(
-                    f"replicas.{self.node.name}{WAITING}", self.told(self.look())
+                    f"replicas.{self.node.name}{WAITING}",
+                    self.node.told(self.endpoints.project, self.look()),
                 )
             await self.next_time()
+
+    async def tell_others(self, suffix: str, loads: list[Load]) -> None:
+        told = self.node.told(self.endpoints.project, loads)
+        await self.bus.broadcast(f"replicas.{self.node.name}{suffix}", told)
 
     async def next_time(self) -> None:
         """At once when it is called for, else after `BEAT_S`."""
@@ -164,32 +158,9 @@ class Agent:
         self.presence.share(loads)
         return loads
 
-    def told(self, loads: list[Load]) -> bytes:
-        name, address = self.node.name, self.node.address
-        told = Told(name, address, loads, self.node.incarnation, self.endpoints.project)
-        return msgspec.json.encode(told)
-
     def hear_out(self) -> None:
         if self.speaks:
             self.called_out.set()
-
-    def heartbeat(self, loads: list[Load]) -> bytes:
-        running = [
-            {"project": a.project, "job": a.job, "attempt": a.attempt, "token": a.token}
-            for a in self.assignments
-        ]
-        return msgspec.json.encode(
-            {
-                "node": self.node.name,
-                "incarnation": self.node.incarnation,
-                "kinds": [REPLICA_KIND],
-                "labels": {NODE_LABEL: self.node.name},
-                "capacity": self.node.capacity,
-                "running": running,
-                "health": "Healthy",
-                "loads": loads,
-            }
-        )
 
     async def run(self) -> None:
         """Reconciles when woken and every `REFRESH_S`; later while something is missing."""

@@ -27,7 +27,7 @@ from libs.doors.serve import background, channel_to, http_app, http_door
 from libs.objectstore import ObjectStore
 from libs.settings import Common
 from services.inference import feedback, fronts
-from services.inference.agent import Agent, Node
+from services.inference.agent import Agent
 from services.inference.bodies import Exchange
 from services.inference.busdoor import BusDoor
 from services.inference.cache import Cache
@@ -38,6 +38,7 @@ from services.inference.handlers import HANDLERS, Context
 from services.inference.isolated import in_worker
 from services.inference.journal import Journal
 from services.inference.models import in_process
+from services.inference.node import Node
 from services.inference.notes import Notes
 from services.inference.platformapi import Inference
 from services.inference.registry import Registry

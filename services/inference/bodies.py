@@ -108,7 +108,10 @@ class Exchange:
             )
         own = parameters_of(request)
         asked = [output.name for output in request.outputs]
-        call = Call(model, version, request.id, given, asked, deadline_ns, traceparent, own)
+        classes = {name: wish.classes for name, wish in wishes.items() if wish.classes}
+        call = Call(
+            model, version, request.id, given, asked, deadline_ns, traceparent, own, classes
+        )
         answer = await self.endpoints.infer(call)
         return body_of(answer, wishes, bool(request.parameters.get(BINARY_ALL, False)))
 
@@ -207,7 +210,7 @@ def body_of(answer: Answer, wishes: Mapping[str, Wish], every_binary: bool) -> B
     buffers: list[bytes] = []
     for tensor, array in answer.outputs:
         wish = wishes.get(tensor.name, Wish(binary=every_binary))
-        if wish.classes:
+        if wish.classes and not answer.classified:
             labels = answer.labels.get(tensor.name, ())
             tensor, array = classified(tensor, array, wish.classes, labels)
         one = AnsweredTensor(tensor.name, tensor.datatype, list(array.shape))

@@ -32,6 +32,8 @@ class Call(NamedTuple):
     traceparent: str
     parameters: Mapping[str, Parameter] = {}
     """`timeout` (us), `priority`, `sequence_id`, `sequence_start`, `sequence_end`, and others."""
+    classes: Mapping[str, int] = {}
+    """Output -> how many of its highest classes are asked for instead of it."""
     forwarded: bool = False
     """By another replica: answered here or not at all."""
 
@@ -44,6 +46,8 @@ class Answer(NamedTuple):
     labels: Mapping[str, Sequence[str]]
     """Output -> the names of its classes, by the version that answered: it may be gone by now."""
     traceparent: str
+    classified: bool = False
+    """Another replica has already made classes of what `Call.classes` says."""
 
 
 class Asked(NamedTuple):

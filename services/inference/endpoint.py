@@ -16,6 +16,8 @@ from services.inference.front import Batcher, Front
 from services.inference.quarantine import Crashes
 from services.inference.served import Served
 
+NO_VERSIONS = "has no available versions"
+
 
 class Origin(NamedTuple):
     """Where a version came from and how it came here."""
@@ -138,7 +140,7 @@ class Endpoint:
 
     def nothing(self) -> str:
         why = "; ".join(f"version {v} is {reason}" for v, reason in self.quarantined.items())
-        none = f"Request for unknown model: '{self.name}' has no available versions"
+        none = f"Request for unknown model: '{self.name}' {NO_VERSIONS}"
         return f"{none}: {why}" if why else none
 
     def version(self, version: str) -> Served:

@@ -210,10 +210,10 @@ class Endpoints:
     async def infer(self, call: Call) -> Answer:
         """Raises `Refused`."""
         began_ns = monotonic_ns()
-        answer = await self.elsewhere.infer(self.key_of(call.model), call)
-        if answer is not None:
-            return answer
         try:
+            answer = await self.elsewhere.infer(self.key_of(call.model), call)
+            if answer is not None:
+                return answer
             served = self.chosen(call)
         except Refused as error:
             trace_refusal(call, error, began_ns)

@@ -29,8 +29,11 @@ def full_text(what: str, waiting: str) -> str:
     return f"exceeds maximum queue size of {what}: {waiting} wait already"
 
 
+LEAVING = " is being unloaded"
+
+
 def leaving_text(what: str) -> str:
-    return f"{what} is being unloaded"
+    return what + LEAVING
 
 
 class Lane(NamedTuple):

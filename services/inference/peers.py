@@ -33,26 +33,41 @@ class Told(msgspec.Struct, frozen=True):
 class Peers:
     def __init__(self) -> None:
         self.told: dict[str, tuple[float, Told]] = {}
+        self.work: dict[Key, dict[str, int]] = {}
+        """Node -> what it has to do for a model that it serves, in thousandths of a request."""
         self.sent: Counter[tuple[str, Key]] = Counter()
         """Requests that this replica sent there and that are not answered."""
 
     def heard(self, told: Told, now_s: float) -> None:
+        for node in [node for node, (at_s, _) in self.told.items() if now_s - at_s > FRESH_S]:
+            self.lost(node)
+        self.lost(told.node)
         self.told[told.node] = now_s, told
-        stale = [node for node, (at_s, _) in self.told.items() if now_s - at_s > FRESH_S]
-        for node in stale:
-            del self.told[node]
+        for load in told.loads:
+            if load.ready:
+                self.work.setdefault((load.project, load.model), {})[told.node] = (
+                    load.concurrency_milli
+                )
 
     def lost(self, node: str) -> None:
         """It did not answer: asked nothing until it speaks again."""
-        self.told.pop(node, None)
+        _, told = self.told.pop(node, (0.0, None))
+        for load in told.loads if told else ():
+            self.left(node, (load.project, load.model))
+
+    def left(self, node: str, key: Key) -> None:
+        """It does not serve the model: not asked for that until it speaks again."""
+        nodes = self.work.get(key, {})
+        nodes.pop(node, None)
+        if not nodes:
+            self.work.pop(key, None)
 
     def serving(self, key: Key, now_s: float) -> dict[str, int]:
         """Node -> what it has to do for the model, in thousandths of a request."""
         return {
-            told.node: load.concurrency_milli + self.sent[told.node, key] * MILLI
-            for at_s, told in self.told.values()
-            for load in told.loads
-            if load.ready and (load.project, load.model) == key and now_s - at_s <= FRESH_S
+            node: milli + self.sent[node, key] * MILLI
+            for node, milli in self.work.get(key, {}).items()
+            if now_s - self.told[node][0] <= FRESH_S
         }
 
     def least(self, key: Key, now_s: float) -> tuple[str, int] | None:
@@ -70,3 +85,11 @@ class Peers:
 
     def address(self, node: str) -> str:
         return self.told[node][1].address
+
+    def addresses(self) -> set[str]:
+        return {told.address for _, told in self.told.values()}
+
+    def name_at(self, node: str, key: Key) -> str:
+        """Of the model, on the node's door."""
+        project, model = key
+        return model if self.told[node][1].project == project else f"{project}.{model}"

@@ -15,11 +15,11 @@ import msgspec
 
 from libs.bus import Bus
 from libs.contracts.events import DeploymentUpdated
-from libs.doors import DeadlineExceeded, Exhausted, NotFound, Unavailable
+from libs.doors import DeadlineExceeded, Exhausted, NotFound, Refused, Unavailable
 from services.inference.calls import Answer, Call
 from services.inference.endpoint import batching_of
 from services.inference.endpoints import Endpoints, Key
-from services.inference.forward import Forwarder
+from services.inference.forward import Forwarder, Unreached, Untaken
 from services.inference.loads import Load
 from services.inference.peers import Peers, Told
 
@@ -83,6 +83,7 @@ class Presence:
                 continue
             if told.node != node and not subject.endswith(WAITING):
                 self.peers.heard(told, monotonic())
+                self.forwarder.keep(self.peers.addresses())
                 self.notify()
             elif subject == f"replicas.{node}{WAITING}" and told.incarnation != incarnation:
                 self.overhear(told, monotonic())
@@ -106,18 +107,26 @@ class Presence:
     def asleep(self) -> list[Key]:
         deployments = self.deployments().items()
         sleepers = [key for key, (deployment, _) in deployments if may_sleep(deployment)]
-        return [key for key in sleepers if not (self.is_here(key) or self.serves(key))]
+        return [key for key in sleepers if not self.is_found(key)]
 
     def is_here(self, key: Key) -> bool:
-        """One that crashed too often is here too, and says so."""
+        return self.endpoints.is_routed(key)
+
+    def is_found(self, key: Key) -> bool:
+        """One that crashed too often is, and says so: no replica would come for it."""
         endpoint = self.endpoints.by_key.get(key)
-        return endpoint is not None and bool(any(endpoint.route.values()) or endpoint.quarantined)
+        crashed = endpoint is not None and bool(endpoint.quarantined)
+        return self.is_here(key) or self.serves(key) or crashed
 
     async def bring(self, key: Key, deadline_ns: int) -> None:
-        if self.is_here(key) or self.serves(key):
+        if self.is_found(key):
             return
         deployment, _ = self.deployments().get(key, (None, ""))
-        if deployment is None or not may_sleep(deployment):
+        if deployment is None:
+            return
+        if not may_sleep(deployment):
+            if key not in self.endpoints.by_key:
+                raise Unavailable(f"no replica of model '{key[1]}' answers at the moment")
             return
         most = batching_of(deployment).max_queue_size
         if self.waiting[key] >= most:
@@ -135,7 +144,7 @@ class Presence:
         left_s = (deadline_ns - monotonic_ns()) / NS if deadline_ns else WAKE_S
         try:
             async with asyncio.timeout(min(left_s, WAKE_S)):
-                while not (self.is_here(key) or self.serves(key)):
+                while not self.is_found(key):
                     self.call(key, monotonic())
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self.changed.wait(), CALL_S)
@@ -161,12 +170,27 @@ class Presence:
                 return None
             try:
                 return await self.send(node, key, call)
-            except (NotFound, Unavailable) as error:
-                if call.version and isinstance(error, NotFound):
+            except Exhausted:
+                if not self.is_here(key):
                     raise
-                log.warning("%s does not answer for '%s': %s", node, key[1], error)
-                self.peers.lost(node)
+            except NotFound as error:
+                if not call.version:
+                    self.passed_over(node, key, error)
+                elif not self.is_here(key):
+                    raise
+            except Untaken as error:
+                self.passed_over(node, key, error)
+            if self.is_here(key):
+                return None
         raise Unavailable(f"{TRIES_MAX} replicas of model '{key[1]}' did not answer")
+
+    def passed_over(self, node: str, key: Key, error: Refused) -> None:
+        """Until it speaks again."""
+        log.warning("%s does not answer for '%s': %s", node, key[1], error)
+        if isinstance(error, Unreached):
+            self.peers.lost(node)
+        else:
+            self.peers.left(node, key)
 
     def better(self, key: Key, call: Call) -> str | None:
         """Who answers it instead of this replica.
@@ -211,7 +235,8 @@ class Presence:
     async def send(self, node: str, key: Key, call: Call) -> Answer:
         self.peers.sent[node, key] += 1
         try:
-            return await self.forwarder.infer(self.peers.address(node), call)
+            name = self.peers.name_at(node, key)
+            return await self.forwarder.infer(self.peers.address(node), name, call)
         finally:
             self.peers.sent[node, key] -= 1
 

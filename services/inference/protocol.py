@@ -70,6 +70,7 @@ def call_of(
         deadline_ns=0 if left_s is None else monotonic_ns() + int(left_s * NS),
         traceparent=str(metadata.get(TRACE_HEADER, "")),
         parameters={n: value for n, value in said.items() if not n.startswith(RESERVED)},
+        classes={name: wish.classes for name, wish in wishes.items() if wish.classes},
         forwarded=FORWARDED in metadata,
     )
     return call, wanted
@@ -158,7 +159,7 @@ def response_of(answer: Answer, wanted: Wanted) -> oip.ModelInferResponse:
     typed = wanted.typed and all(tensor.datatype in CONTENTS for tensor, _ in answer.outputs)
     for tensor, array in answer.outputs:
         wish = wanted.wishes.get(tensor.name, Wish())
-        if wish.classes:
+        if wish.classes and not answer.classified:
             own = answer.labels.get(tensor.name, ())
             tensor, array = classified(tensor, array, wish.classes, own)
         add_output(response, tensor, array, wish.window, typed)

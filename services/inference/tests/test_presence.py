@@ -1,30 +1,22 @@
 """A request finds its model: it waits for one that sleeps, and goes where there is time."""
 
 import asyncio
-import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator
-from time import monotonic
 from typing import Any
 
 import pytest
 
-from libs.contracts.events import DeploymentUpdated
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference import native, peers, presence
 from services.inference.bodies import Exchange
-from services.inference.endpoints import Key
-from services.inference.forward import Forwarder
-from services.inference.front import Front
 from services.inference.loads import Load
 from services.inference.peers import Told
-from services.inference.presence import Presence
 from services.inference.tests import stage
 from services.inference.tests.desk import (
     STATEFUL,
-    Desk,
     counter,
     double,
     number,
@@ -35,59 +27,9 @@ from services.inference.tests.desk import (
     row,
     running_sum,
 )
+from services.inference.tests.neighbours import ASKED, KEY, Replica, answered, replica
 from services.inference.tests.test_busdoor import gated
 from stack.testing import eventually
-
-KEY = ("default", "double")
-ASKED = request("double", row(1, 2), [1, 2])
-
-
-class Replica:
-    """One of several, with what each knows of the others."""
-
-    def __init__(self, name: str, desk: Desk) -> None:
-        self.name = name
-        self.desk = desk
-        self.known: dict[Key, tuple[DeploymentUpdated, str]] = {}
-        self.called_out = self.heard_out = 0
-        self.presence = Presence(
-            desk.endpoints, Forwarder(name, []), lambda: self.known, self.call_out, self.hear_out
-        )
-        desk.endpoints.elsewhere = self.presence
-
-    def call_out(self) -> None:
-        self.called_out += 1
-
-    def hear_out(self) -> None:
-        self.heard_out += 1
-
-    def deploy(self, model: str = "double", **batching: int) -> None:
-        """It may sleep."""
-        deployment = stage.deployment(1, model=model, **batching)
-        fields = {"min_replicas": 0, "max_replicas": 2}
-        asleep = DeploymentUpdated(
-            **{name: getattr(deployment, name) for name in deployment.__struct_fields__}
-            | {"autoscaling": fields}
-        )
-        self.known["default", model] = asleep, ""
-
-    async def serve(self, *args: Any) -> None:
-        await self.desk.serve(*args)
-        self.presence.notify()
-
-    def hear(self, other: "Replica", *loads: Load) -> None:
-        front: Front = other.desk.endpoints.front
-        told = Told(other.name, f"127.0.0.1:{front.port}", list(loads))
-        self.presence.peers.heard(told, monotonic())
-        self.presence.notify()
-
-
-@contextlib.asynccontextmanager
-async def replica(name: str) -> AsyncIterator[Replica]:
-    async with opened() as desk:
-        made = Replica(name, desk)
-        yield made
-        await made.presence.forwarder.close()
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +67,8 @@ async def test_waiting_calls_for_a_replica_once_a_while_whatever_is_heard(
 ) -> None:
     """Two nodes that both wait would call ever faster if what one says made the other say it."""
     monkeypatch.setattr(presence, "CALL_S", 600.0)
-    for replica in (one, two):
-        replica.deploy()
+    for each in (one, two):
+        each.deploy()
     asking = [asyncio.ensure_future(each.desk.stub.ModelInfer(ASKED)) for each in (one, two, two)]
     await eventually(lambda: (one.presence.waiting, two.presence.waiting) == ({KEY: 1}, {KEY: 2}))
     for _ in range(20):
@@ -213,7 +155,10 @@ async def test_who_waits_in_vain_is_told_so(one: Replica, monkeypatch: pytest.Mo
 async def test_nobody_waits_for_what_is_not_deployed_or_never_sleeps(one: Replica) -> None:
     assert (await refused(one.desk.stub.ModelInfer(ASKED)))[0] == "NOT_FOUND"
     one.known[KEY] = stage.deployment(1, model="double"), ""
-    assert (await refused(one.desk.stub.ModelInfer(ASKED)))[0] == "NOT_FOUND"
+    assert await refused(one.desk.stub.ModelInfer(ASKED)) == (
+        "UNAVAILABLE",
+        "no replica of model 'double' answers at the moment",
+    )
     assert not (await one.desk.stub.ModelReady(ready("double"))).ready
 
 
@@ -308,10 +253,6 @@ async def test_what_waits_behind_a_whole_batch_goes_where_there_is_time(
     for one_answer in asking:
         assert json.loads((await one_answer).payload)["outputs"]
     assert answered(one) + answered(two) == 60
-
-
-def answered(where: Replica) -> int:
-    return where.desk.endpoints.served("double", "").counts().success_count
 
 
 def ready(name: str) -> Any:

@@ -140,7 +140,7 @@ async def test_a_restart_serves_again_without_scheduler_and_registry(
         await objects.put(key_of(one.digest), right)
         await eventually(replica.agent.ready)
         assert labels(await replica.infer(ROW)) == [1]
-        beat = msgspec.json.decode(replica.agent.heartbeat([]))
+        beat = msgspec.json.decode(replica.agent.node.heartbeat(replica.agent.assignments, []))
         assert beat["running"] == [
             {"project": "default", "job": "serve-digits", "attempt": 1, "token": 1}
         ]
@@ -176,7 +176,7 @@ async def test_a_stopped_attempt_is_unloaded_and_an_older_placement_starts_nothi
     await deployed(replica, platform, objects)
     await platform.stop(token=2)
     await eventually(lambda: not replica.agent.endpoints.by_key)
-    with pytest.raises(grpc.aio.AioRpcError, match="unknown model: 'digits' is not found"):
+    with pytest.raises(grpc.aio.AioRpcError, match="no replica of model 'digits' answers"):
         await replica.infer(ROW)
     await platform.place(token=1)
     await platform.place(token=3)
