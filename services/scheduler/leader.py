@@ -21,7 +21,7 @@ from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
 from services.scheduler.scaler import Scaler
 from services.scheduler.stimuli import Heartbeat, Tick
-from services.scheduler.writer import Writer
+from services.scheduler.writer import Defect, Writer
 
 log = logging.getLogger(__name__)
 HEARTBEATS = "heartbeats.>"
@@ -161,19 +161,33 @@ class Pulse:
         while True:
             await self.bus.broadcast(EAR, b"")
             await asyncio.sleep(TICK_S)
-            silent = self.liveness.silent(time.monotonic())
+            now = time.monotonic()
+            silent = self.liveness.silent(now)
             look = self.writer.due_at <= time.time()
             if silent:
                 lost = set(silent)
                 self.known = {s: k for s, k in self.known.items() if k.heartbeat.node not in lost}
-            if silent or look:
-                await self.take(Tick(silent, look))
+            if (silent or look) and await self.take(Tick(silent, look)):
+                self.liveness.known(silent, now)
 
-    async def take(self, *stimuli: Heartbeat | Tick) -> None:
+    async def take(self, *stimuli: Heartbeat | Tick) -> bool:
+        """Whether that is committed. A defect is of one of them: the others are taken alone, and
+        who says it again is no reason to end the process again and again."""
         try:
-            await self.writer.ask(lambda _: stimuli, lambda _: None)
+            await self.writer.ask(lambda _: filter(self.is_fresh, stimuli), lambda _: None)
         except TRANSIENT as error:
             log.warning("%s: %s", type(stimuli[0]).__name__, error)
+            return False
+        except Defect:
+            if len(stimuli) == 1:
+                log.exception("dropped: %s", stimuli[0])
+                return False
+            return all([await self.take(one) for one in stimuli])
+        return True
+
+    def is_fresh(self, one: Heartbeat | Tick) -> bool:
+        """A heartbeat that waited until its node was lost would bring it back for ever."""
+        return isinstance(one, Tick) or not self.liveness.is_silent(one.node, time.monotonic())
 
 
 def read(subject: str, payload: bytes) -> Heartbeat | None:

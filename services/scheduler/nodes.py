@@ -100,6 +100,8 @@ class Liveness:
 
     def __init__(self, nodes: Iterable[str], now: float) -> None:
         self.seen = dict.fromkeys(nodes, now)
+        self.lost: set[str] = set()
+        """Silent, and everybody knows: not said again until they are heard."""
         self.ear = now
 
     def heard_itself(self, now: float) -> None:
@@ -109,8 +111,17 @@ class Liveness:
 
     def heard(self, node: str, now: float) -> None:
         self.seen[node] = now
+        self.lost.discard(node)
+
+    def is_silent(self, node: str, now: float) -> bool:
+        return now - self.seen.get(node, now) > SILENT_S
 
     def silent(self, now: float) -> list[str]:
         if now - self.ear > DEAF_S:
             return []
-        return sorted(node for node, at in self.seen.items() if now - at > SILENT_S)
+        silent = (node for node, at in self.seen.items() if now - at > SILENT_S)
+        return sorted(node for node in silent if node not in self.lost)
+
+    def known(self, silent: Iterable[str], now: float) -> None:
+        """That these were silent at `now` is committed; not of those that were heard since."""
+        self.lost.update(node for node in silent if self.is_silent(node, now))

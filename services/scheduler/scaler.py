@@ -10,7 +10,7 @@ from libs.database import TRANSIENT
 from services.scheduler.autoscale import Autoscaler
 from services.scheduler.domain import Scheduler
 from services.scheduler.stimuli import Heartbeat, Scaled
-from services.scheduler.writer import Writer
+from services.scheduler.writer import Defect, Writer
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
@@ -39,6 +39,8 @@ class Scaler:
                 await self.writer.ask(self.decisions, lambda _: None)
             except TRANSIENT as error:
                 log.warning("replicas: %s", error)
+            except Defect:
+                log.exception("replicas stay as they are")
 
     def decisions(self, scheduler: Scheduler) -> Iterator[Scaled]:
         now = time.monotonic()

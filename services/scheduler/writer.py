@@ -56,6 +56,10 @@ class Overloaded(ConnectionError):
     """More waits to be written than ever will be in time."""
 
 
+class Defect(RuntimeError):
+    """A mistake of ours, met by what was asked, which changed nothing."""
+
+
 @dataclass
 class Asked:
     """One caller: what it wants to happen, and what it wants to know then."""
@@ -127,7 +131,7 @@ class Writer:
         """The answer as of right after the wish was handled, once that is durable.
 
         Not in the lead, it waits: whoever leads is being replaced. Raises `Standby`,
-        `Overloaded`, what the wish raises, and what keeps the batch from being committed.
+        `Overloaded`, what the wish refuses, `Defect`, and what keeps the batch from a commit.
         """
         if len(self.waiting) >= WAITING_MAX:
             raise Overloaded(f"{WAITING_MAX} requests wait to be written; try again")
@@ -172,7 +176,9 @@ class Writer:
         except Exception as error:
             # A defect goes to whoever met it, as its handler's; the others know nothing of it.
             if len(batch) == 1:
-                fail(batch, error)
+                defect = Defect(f"{type(error).__name__}: {error}")
+                defect.__cause__ = error
+                fail(batch, defect)
             else:
                 for asked in batch:
                     await self.settle([asked])

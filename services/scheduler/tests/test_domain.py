@@ -247,6 +247,22 @@ def test_silence_counts_only_while_the_scheduler_hears() -> None:
     assert liveness.silent(deaf + DEAF_S) == ["a"]
 
 
+def test_a_loss_that_is_known_is_not_said_again_until_the_node_was_heard() -> None:
+    liveness = Liveness(["a", "b"], now=0.0)
+    later = SILENT_S + 1
+    liveness.heard_itself(later - DEAF_S)
+    liveness.seen = {"a": 0.0, "b": 0.0}
+    assert liveness.silent(later) == ["a", "b"]
+    liveness.heard("b", later + 0.1)
+    liveness.known(["a", "b"], later)
+    again = later + SILENT_S + 1
+    liveness.ear = again
+    assert liveness.silent(again) == ["b"], "heard in between, and silent again"
+    liveness.heard("a", again)
+    liveness.ear = again + SILENT_S + 1
+    assert liveness.silent(liveness.ear) == ["a", "b"]
+
+
 def test_an_old_token_is_refused_on_the_same_node_too() -> None:
     scheduler = Scheduler()
     old = placed_by(run(scheduler, beat(), request()))

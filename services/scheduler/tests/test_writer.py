@@ -29,7 +29,7 @@ from services.scheduler.nodes import Liveness
 from services.scheduler.stimuli import Heartbeat, Stimulus, Tick
 from services.scheduler.store import Diverged, Overtaken, Store
 from services.scheduler.tests.writing import job, led, scheduled
-from services.scheduler.writer import Overloaded, Standby, Writer
+from services.scheduler.writer import Defect, Overloaded, Standby, Writer
 from stack.testing import eventually
 
 
@@ -154,10 +154,12 @@ async def test_a_defect_is_whose_it_is(db: Database) -> None:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(answer) for answer in answers] == [
             type(None),
-            ZeroDivisionError,
+            Defect,
             NotFound,
             type(None),
         ]
+        assert isinstance(answers[1], Defect)
+        assert isinstance(answers[1].__cause__, ZeroDivisionError)
         assert await scheduled(writer) == [("a", "waiting"), ("b", "waiting")]
     assert await count(db, "log") == 2
 
