@@ -28,8 +28,14 @@ RENEW = """
 """
 UNSEAT = """
     select pid, pg_terminate_backend(pid) as ended from lease
-    where at < clock_timestamp() - make_interval(secs => %s)
+    where at < clock_timestamp() - make_interval(secs => %s) and exists (
+        select from pg_locks held join pg_database own on own.oid = held.database
+        where held.pid = lease.pid and held.granted and held.locktype = 'advisory'
+            and own.datname = current_database() and held.objsubid = 1
+            and (held.classid::bigint << 32) | held.objid::bigint = hashtext(%s)
+    )
 """
+"""Only the one that holds the lock: after a restart of Postgres its pid is somebody else's."""
 
 
 @contextlib.asynccontextmanager
@@ -49,7 +55,7 @@ async def unseat(db: Database) -> None:
     while True:
         try:
             async with db.transaction() as tx:
-                for row in await tx.all(UNSEAT, (LEASE_S,)):
+                for row in await tx.all(UNSEAT, (LEASE_S, LEADER)):
                     if row["ended"]:
                         log.warning("the leader at %s stands still, and leads no more", row["pid"])
         except TRANSIENT as error:
