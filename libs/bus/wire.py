@@ -27,10 +27,12 @@ class Heard(NamedTuple):
 async def listen(
     address: tuple[str, int], token: str, subject: str
 ) -> AsyncIterator[tuple[str, bytes]]:
-    """(subject, payload) until the connection is gone: then it raises `OSError`."""
-    reader, writer = await asyncio.open_connection(*address)
+    """(subject, payload) until the connection is gone or silent: then it raises `OSError`."""
+    async with asyncio.timeout(QUIET_S):
+        reader, writer = await asyncio.open_connection(*address)
     try:
-        await reader.readline()  # INFO
+        async with asyncio.timeout(QUIET_S):
+            await reader.readline()  # INFO
         hello = {"verbose": False, "pedantic": False, "lang": "python", "version": "leptonic"}
         said = json.dumps({**hello, "auth_token": token} if token else hello)
         writer.write(f"CONNECT {said}\r\nSUB {subject} 1\r\nPING\r\n".encode())

@@ -59,3 +59,20 @@ async def test_a_burst_of_many_is_heard_completely(bus: JetStreamBus) -> None:
     assert told == [f"heartbeats.n{number}" for number in range(6000)]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_server_that_takes_the_connection_and_is_silent_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wire, "QUIET_S", 0.05)
+    over = asyncio.Event()
+
+    async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(wire.listen((host, port), "", ">")), 30)
+        over.set()
