@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 SECRETS_DIR = "LEPTONIC_SECRETS_DIR"
-SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler")
+SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler", "agent")
 
 
 class Unknown(ValueError):

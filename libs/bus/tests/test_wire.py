@@ -73,6 +73,8 @@ async def test_a_server_that_takes_the_connection_and_is_silent_is_given_up(
 
     async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(anext(wire.listen((host, port), "", ">")), 30)
+        listening = wire.listen((host, port), "", ">")
+        waiting = asyncio.ensure_future(anext(listening))
+        await asyncio.wait({waiting}, timeout=20)
+        assert isinstance(waiting.exception(), TimeoutError)
         over.set()

@@ -26,7 +26,8 @@ def test_an_unknown_variable_is_an_error_that_names_it(name: str) -> None:
 
 
 def test_another_services_variables_are_not_ours() -> None:
-    assert load(Settings, "ingest", {"LEPTONIC_TRAINER_HTTP_PORT": "1"}).http_port == 8010
+    others = {"LEPTONIC_TRAINER_HTTP_PORT": "1", "LEPTONIC_AGENT_NODE": "n"}
+    assert load(Settings, "ingest", others).http_port == 8010
 
 
 def test_a_value_of_the_wrong_type_names_its_field() -> None:
