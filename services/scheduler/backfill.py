@@ -85,6 +85,7 @@ def spots_beside(book: Book, claim: Claim, reservation: Reservation) -> list[Spo
     if moved is None:
         return None
     reservation.spots = moved
+    book.lines.open |= book.lines.of  # who was kept off its places before may have them now
     return spots
 
 

@@ -233,6 +233,24 @@ def test_later_jobs_pass_beside_a_reservation() -> None:
     assert cluster.submit("nowhere", gpus=1) == "waiting"
 
 
+def test_places_that_a_reservation_leaves_are_for_who_waits_for_them() -> None:
+    cluster = Cluster(4)
+    has = Resources(1000, 1000, 1000, 4)
+    cluster.tell(Heartbeat("other", 1, ["train"], has, gpu_model="B"))
+    cluster.submit("runs", gpus=2, gpu_models=["A"], duration_s=100)
+    cluster.submit("long", gpus=3, gpu_models=["B"], duration_s=500)
+    cluster.submit("beside", gpus=1, gpu_models=["B"], duration_s=50)
+    assert cluster.submit("head", gpus=4) == "waiting"
+    assert cluster.submit("kept-off", gpu_models=["A"]) == "waiting"
+    reservation = cluster.scheduler.reservation
+    assert reservation is not None
+    assert reservation.nodes == ["n0"]
+    cluster.answer(AttemptSucceeded, "long")
+    assert cluster.submit("moves-it", "another", gpu_models=["A"]) == "placed"
+    assert reservation.nodes == ["other"]
+    assert cluster.state("kept-off") == "placed"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_backfill_makes_the_reserved_job_later(seed: int) -> None:
     """Bounds that hold, one priority: who gets a reservation starts by its time."""
