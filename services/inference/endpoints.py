@@ -142,6 +142,10 @@ class Endpoints:
         if not self.is_routed(key):
             await self.elsewhere.bring(key, deadline_ns)
 
+    def is_asleep(self, name: str) -> bool:
+        key = self.key_of(name)
+        return not self.is_routed(key) and key in self.elsewhere.asleep()
+
     def is_elsewhere(self, name: str) -> bool:
         key = self.key_of(name)
         return not self.is_routed(key) and self.elsewhere.serves(key)
@@ -179,8 +183,7 @@ class Endpoints:
         try:
             return bool(self.described(name, version))
         except (NotFound, Unavailable):
-            key = self.key_of(name)
-            return self.elsewhere.serves(key) or key in self.elsewhere.asleep()
+            return self.is_elsewhere(name) or self.is_asleep(name)
 
     def index(self, ready_only: bool) -> list[tuple[str, str, str, str]]:
         """(name, version, state, reason) of everything assigned to this replica."""

@@ -59,7 +59,6 @@ def call_of(
         wishes[output.name] = Wish(classes_of(output.name, own), window)
     typed = any(tensor.HasField("contents") for tensor in request.inputs)
     wanted = Wanted(wishes, typed, empty_final_of(said))
-    left_s = context.time_remaining()
     metadata = dict(context.invocation_metadata() or ())
     call = Call(
         model=request.model_name,
@@ -67,13 +66,19 @@ def call_of(
         id=request.id,
         given=given_of(request, memory),
         outputs=[output.name for output in request.outputs],
-        deadline_ns=0 if left_s is None else monotonic_ns() + int(left_s * NS),
+        deadline_ns=deadline_of(context),
         traceparent=str(metadata.get(TRACE_HEADER, "")),
         parameters={n: value for n, value in said.items() if not n.startswith(RESERVED)},
         classes={name: wish.classes for name, wish in wishes.items() if wish.classes},
         forwarded=FORWARDED in metadata,
     )
     return call, wanted
+
+
+def deadline_of(context: Any) -> int:
+    """Of a call; 0 for none."""
+    left_s = context.time_remaining()
+    return 0 if left_s is None else monotonic_ns() + int(left_s * NS)
 
 
 def parameters_of(said: Mapping[str, oip.InferParameter]) -> dict[str, Parameter]:

@@ -157,8 +157,7 @@ class Rest:
 
     async def infer(self, request: Request) -> Response:
         place = named(request)
-        await self.endpoints.bring(place["name"])
-        self.endpoints.is_decoupled(**place)
+        await self.check_known(**place)
         work = self.exchange.infer(
             place["name"],
             place["version"],
@@ -168,6 +167,13 @@ class Rest:
         )
         body = await while_there(request, work)
         return await sent(request, body)
+
+    async def check_known(self, name: str, version: str) -> None:
+        """Before its body is read. What sleeps is woken behind it: only then it is seen when the
+        client goes. Raises `Refused`."""
+        if not self.endpoints.is_asleep(name):
+            await self.endpoints.bring(name)
+            self.endpoints.is_decoupled(name, version)
 
     async def generate(self, request: Request) -> Response:
         work = generate.only(self.endpoints.stream(await self.generated_call(request)))
@@ -181,9 +187,10 @@ class Rest:
 
     async def generated_call(self, request: Request) -> Call:
         place = named(request)
-        await self.endpoints.bring(place["name"])
-        signature = self.endpoints.served(**place).signature
+        await self.check_known(**place)
         body = await object_of(request, dict[str, Any])
+        await while_there(request, self.endpoints.bring(place["name"]))
+        signature = self.endpoints.served(**place).signature
         parent = request.headers.get(TRACE_HEADER, "")
         return generate.call_of(place["name"], place["version"], signature, body, parent)
 

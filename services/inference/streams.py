@@ -5,7 +5,6 @@ has something. An error is an answer: the stream goes on.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator
 
@@ -50,15 +49,13 @@ class Stream:
 
     async def read(self, requests: AsyncIterator[oip.ModelInferRequest]) -> None:
         """Until the client has sent its last request and everything is answered."""
-        before: asyncio.Task[None] | None = None
+        before: list[asyncio.Event] = []
         async for request in requests:
             await self.unanswered.acquire()
-            with contextlib.suppress(Refused):  # said again by the answer
-                await self.endpoints.bring(request.model_name)
-            if self.is_decoupled(request):
-                task = asyncio.create_task(self.answer_freely(request))
-            else:
-                task = before = asyncio.create_task(self.answer_in_order(request, before))
+            before = [turn for turn in before if not turn.is_set()]
+            turn = asyncio.Event()
+            task = asyncio.create_task(self.answer(request, before, turn))
+            before = [*before, turn]
             self.answering.add(task)
             task.add_done_callback(self.answered)
         while self.answering:
@@ -74,13 +71,28 @@ class Stream:
         except Refused:
             return False
 
-    async def answer_in_order(
-        self, request: oip.ModelInferRequest, before: asyncio.Task[None] | None
+    async def answer(
+        self, request: oip.ModelInferRequest, before: list[asyncio.Event], turn: asyncio.Event
     ) -> None:
-        response = await self.only_answer(request)
-        if before is not None:
-            await asyncio.wait([before])
+        """A model that sleeps says whether it is decoupled once it is awake; those behind it run
+        meanwhile."""
+        refusal = await self.refusal(request)
+        if refusal is None and self.is_decoupled(request):
+            turn.set()
+            await self.answer_freely(request)
+            return
+        response = failed(request, refusal) if refusal else await self.only_answer(request)
+        for other in before:
+            await other.wait()
         await self.put(response)
+        turn.set()
+
+    async def refusal(self, request: oip.ModelInferRequest) -> Refused | None:
+        try:
+            await self.endpoints.bring(request.model_name, protocol.deadline_of(self.context))
+        except Refused as error:
+            return error
+        return None
 
     async def only_answer(self, request: oip.ModelInferRequest) -> oip.ModelStreamInferResponse:
         try:

@@ -29,6 +29,7 @@ from services.inference.tests.desk import (
 )
 from services.inference.tests.neighbours import ASKED, KEY, Replica, answered, replica
 from services.inference.tests.test_busdoor import gated
+from services.inference.tests.web import listening
 from stack.testing import eventually
 
 
@@ -123,6 +124,33 @@ async def test_every_door_waits(one: Replica) -> None:
     await one.serve("counter", counter())
     answers = [answer.infer_response async for answer in streamed]
     assert [answer.model_name for answer in answers] == ["double", "counter", "counter"]
+
+
+async def test_a_stream_s_next_request_waits_for_no_model_of_another(one: Replica) -> None:
+    """Answers of models with one answer come in the order of the requests, others when there."""
+    one.deploy()
+    await one.serve("counter", counter())
+    counting = request("counter", number(2), [1], "INT32")
+    answers = one.desk.stub.ModelStreamInfer(iter([ASKED, counting, ASKED]))
+    for _ in range(2):
+        assert (await answers.read()).infer_response.model_name == "counter"
+    assert one.presence.waiting == {KEY: 2}
+    await one.serve("double", double())
+    for _ in range(2):
+        assert numbers((await answers.read()).infer_response) == [2, 4]
+
+
+@pytest.mark.parametrize("path", ["infer", "generate", "generate_stream"])
+async def test_who_has_gone_waits_for_nothing(one: Replica, path: str) -> None:
+    one.deploy()
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
+    async with listening(one.desk) as http:
+        asking = asyncio.create_task(http.post(f"/v2/models/double/{path}", json=body))
+        await eventually(lambda: one.presence.waiting == {KEY: 1})
+        asking.cancel()
+        await eventually(lambda: not one.presence.waiting)
+        unknown = await http.post(f"/v2/models/nobody/{path}", json=body)
+        assert unknown.status_code == 404
 
 
 async def test_so_many_wait_and_no_more(one: Replica) -> None:
