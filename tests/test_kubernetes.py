@@ -254,6 +254,15 @@ def test_settings_are_those_the_services_know(objects: list[Object], secret: Obj
     assert set(written) <= known
 
 
+def test_a_replica_says_an_address_that_other_pods_reach(
+    objects: list[Object], secret: Object
+) -> None:
+    """A pod has a name of its own, which nobody resolves."""
+    found = environment(objects, secret, dict(templates(objects))["inference"])
+    assert found["LEPTONIC_INFERENCE_GRPC_ADDRESS"] == "$(POD_IP):8001"
+    assert found["POD_IP"] == "127.0.0.1", "of the pod's status"
+
+
 def test_addresses_are_services(complete: list[Object], secret: Object) -> None:
     data = of_kind(complete, "ConfigMap")["leptonic"]["data"].values()
     addresses = {tuple(one.removeprefix("nats://").split(":")) for one in data if ":" in one}
