@@ -19,9 +19,9 @@ from libs.contracts.events import (
 )
 from services.scheduler import domain
 from services.scheduler.book import JOB_MOVES, Cause, Impossible
-from services.scheduler.domain import Scheduler
+from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.fleet import NODE_MOVES
-from services.scheduler.jobs import SPEC_BYTES_MAX, STATES, TERMINAL
+from services.scheduler.jobs import SPEC_BYTES_MAX, STATES, TERMINAL, Placement
 from services.scheduler.nodes import DEAF_S, HEALTH, SILENT_S, Liveness
 from services.scheduler.stimuli import Heartbeat, JobSubmitted, Running, Stimulus, Tick
 
@@ -270,3 +270,23 @@ def test_an_old_token_is_refused_on_the_same_node_too() -> None:
     assert (new.node, new.token) == (old.node, old.token + 1)
     assert run(scheduler, succeeded(old)) == []
     assert scheduler.jobs["p", "j"].state == "placed"
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(1, "placed"), (3, "waiting")])
+def test_a_gang_that_an_earlier_release_placed_stays_if_it_fits(
+    workers: int, expected: str
+) -> None:
+    """Its snapshot says on which node, not on which GPUs."""
+    scheduler = Scheduler()
+    run(scheduler, beat(), request(resources=Resources(1000, 1024)), beat("a"), beat("z"))
+    state = scheduler.snapshot()
+    (job,) = state.jobs
+    job.request = msgspec.structs.replace(job.request, workers=workers)
+    job.placement = Placement(1, 1, node="n")
+    frozen = msgspec.json.encode(state)
+    restored = restore(msgspec.json.decode(frozen, type=State))
+    restored.validate()
+    again = restored.jobs["p", "j"]
+    assert again.state == expected
+    if again.placement is not None:
+        assert [(part.node, len(part.gpus)) for part in again.placement.parts] == [("n", workers)]
