@@ -45,6 +45,17 @@ def test_who_is_silent_lost_or_only_waits_is_not_asked() -> None:
     assert peers.least(KEY, 20.5) == ("b", 0)
 
 
+def test_who_left_one_model_is_asked_for_the_others() -> None:
+    peers = Peers()
+    peers.heard(told("a", 0), 10.0)
+    peers.left("a", KEY)
+    assert peers.least(KEY, 10.0) is None
+    assert peers.least(("default", "other"), 10.0) == ("a", 0)
+    peers.heard(Told("a", "a:8001", [Load(*KEY, 0)]), 10.5)
+    assert peers.least(KEY, 10.5) == ("a", 0)
+    assert peers.least(("default", "other"), 10.5) is None, "it says so itself"
+
+
 def test_a_sequence_has_one_home_and_sequences_have_many() -> None:
     peers = Peers()
     assert peers.home(KEY, "1", 10.0) is None
