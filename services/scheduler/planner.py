@@ -42,6 +42,8 @@ from services.scheduler.shapes import GPU_MILLI, Machine, Shape
 log = logging.getLogger(__name__)
 ROUNDS_MAX = 100
 """openb needs 20 to 30; prices of a round too few are nearly those of the last."""
+ITERATIONS_MAX = 100_000
+"""Of the solver in one round."""
 BETTER = 1e-7
 """Of a GPU: a pattern that is worth less more is not generated."""
 STEPS = 512
@@ -206,7 +208,8 @@ def master(
     bounds = [0.0] * len(shares) + [group.gpus / size for group in groups]
     goal = np.zeros(shape[1])
     goal[0] = -1
-    result = linprog(goal, csr_array((values, (rows, columns)), shape=shape), bounds)
+    matrix = csr_array((values, (rows, columns)), shape=shape)
+    result = linprog(goal, matrix, bounds, options={"maxiter": ITERATIONS_MAX})
     if result.status != 0:
         log.warning("no prices: %s", result.message)
         return None

@@ -4,12 +4,10 @@ that typical shapes are learned within their bounds."""
 
 import random
 from itertools import combinations_with_replacement, pairwise
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import OptimizeResult, linprog
 
 from services.scheduler import planner
 from services.scheduler.planner import Demand, Group, Model, Plan, grouped, plan, solve
@@ -74,19 +72,12 @@ def test_without_gpus_there_is_no_plan() -> None:
 def test_where_the_solver_gives_up_the_round_before_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mix = [(Shape(0, 0, 1, 700), 7), (Shape(0, 0, 1, 300), 16)]
-    whole, rounds, most = plan(MACHINES, mix), 0, 0
-
-    def tiring(*args: Any) -> OptimizeResult:
-        nonlocal rounds
-        rounds += 1
-        return linprog(*args, options={"maxiter": 0, "presolve": False} if rounds > most else {})
-
-    monkeypatch.setattr(planner, "linprog", tiring)
-    assert plan(MACHINES, mix) == Plan()
-    rounds, most = 0, 1
-    early = plan(MACHINES, mix)
-    assert rounds == 2
+    """Of pieces alone the first is solved without an iteration, before the solver begins."""
+    pieces = [(Shape(0, 0, 1, size), 100 - size // 20) for size in range(110, 900, 70)]
+    whole = plan(MACHINES, pieces)
+    monkeypatch.setattr(planner, "ITERATIONS_MAX", 0)
+    assert plan(MACHINES, MIX) == Plan()
+    early = plan(MACHINES, pieces)
     assert 0 < early.load_milli < whole.load_milli
     assert early.prices.models == whole.prices.models
 
