@@ -14,7 +14,9 @@ import msgspec
 from msgspec import Meta
 
 SECRETS_DIR = "LEPTONIC_SECRETS_DIR"
-SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler", "agent")
+SERVICES = ("ingest", "preprocess", "trainer", "registry", "inference", "scheduler")
+PREFIXES = (*SERVICES, "agent")
+"""Whose settings may stand in one environment: the engines' agents are no services of the stack."""
 
 
 class Unknown(ValueError):
@@ -90,5 +92,5 @@ def secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 def is_of_another_service(name: str, service: str) -> bool:
     shared = {f"LEPTONIC_{field}".upper() for field in Common.__struct_fields__}
-    others = [s for s in SERVICES if s != service]
+    others = [s for s in PREFIXES if s != service]
     return name not in shared and any(name.startswith(f"LEPTONIC_{s.upper()}_") for s in others)
