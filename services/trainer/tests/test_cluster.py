@@ -29,8 +29,8 @@ from stack import ports
 from stack.testing import eventually
 
 HEAD, OTHER = "127.0.0.2", "127.0.0.3"
-ALONE = {"cpu_milli": 2000, "memory_mib": 2048, "gpu_milli": 0}
-TOGETHER = {"cpu_milli": 3500, "memory_mib": 3072, "gpu_milli": 0}
+ALONE = msgspec.to_builtins(Resources(2000, 2048))
+TOGETHER = msgspec.to_builtins(Resources(3500, 3072))
 LONG = {"epochs": 4, "hidden": [512, 512], "batch_size": 8, "dropout": 0.1}
 
 
