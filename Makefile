@@ -5,6 +5,8 @@ export PYTHON
 
 .PHONY: help setup demo test test-resilience test-long test-rolling test-crash soak test-compose chaos images-offline native native-sanitized check bench bench-peers bench-scheduler conformance generate format clean
 .DEFAULT_GOAL := help
+# Each has a target of its own.
+SUITES := long or resilience or compose or chaos
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -22,9 +24,11 @@ demo: setup ## run the whole loop once on real data
 check: setup ## format, lint, types, import rules, style, documentation
 	@scripts/check.sh
 
-# Three files at a time on any machine: most tests wait for a server or a process.
+# Three files at a time on any machine, because most tests wait for a server or a process; then,
+# one by one, those that start a whole stack or Ray.
 test: check ## check, then every test
-	@$(PYTHON) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	@$(PYTHON) -m pytest -n 3 --dist loadfile -m "not slow and not ($(SUITES))"
+	@$(PYTHON) -m pytest -m "slow and not ($(SUITES))"
 
 test-resilience: setup ## every service replaced under load, faults, two Ray nodes, two releases on one schema
 	@$(PYTHON) -m pytest -m "resilience and not compose"

@@ -19,10 +19,14 @@ pytest_plugins = ["stack.testing"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are shared out a file stays whole, and those that start stacks or Ray run one
-    after the other: three at once on two busy cores took more than the 60 s a start may take."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """A file of which one test starts a stack or Ray is slow as a whole: `make test` runs these one
+    after the other, because three at once took more than the 60 s a start may take.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow") or starts_ray(item)}
     for item in items:
-        group = "slow" if item.path in slow else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.path in slow:
+            item.add_marker(pytest.mark.slow)
+
+
+def starts_ray(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "ray_folder" in item.fixturenames
