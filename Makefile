@@ -7,6 +7,8 @@ export PYTHON
 .DEFAULT_GOAL := help
 # Each has a target of its own.
 SUITES := long or resilience or compose or chaos
+# A test that hangs fails, and says where its threads stand.
+BOUNDED := --timeout 300
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -27,11 +29,11 @@ check: setup ## format, lint, types, import rules, style, documentation
 # Three files at a time on any machine, because most tests wait for a server or a process; then,
 # one by one, those that start a whole stack or Ray.
 test: check ## check, then every test
-	@$(PYTHON) -m pytest -n 3 --dist loadfile -m "not slow and not ($(SUITES))"
-	@$(PYTHON) -m pytest -m "slow and not ($(SUITES))"
+	@$(PYTHON) -m pytest $(BOUNDED) -n 3 --dist loadfile -m "not slow and not ($(SUITES))"
+	@$(PYTHON) -m pytest $(BOUNDED) -m "slow and not ($(SUITES))"
 
 test-resilience: setup ## every service replaced under load, faults, two Ray nodes, two releases on one schema
-	@$(PYTHON) -m pytest -m "resilience and not compose"
+	@$(PYTHON) -m pytest $(BOUNDED) -m "resilience and not compose"
 
 test-long: setup ## minutes of training on real data: the articles' case
 	@$(PYTHON) -m pytest -m "long and not compose" -s services libs

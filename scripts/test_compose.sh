@@ -11,4 +11,4 @@ started=$SECONDS
 docker compose build --quiet
 echo "built in $((SECONDS - started)) s:"
 docker image ls --format '{{.Repository}}:{{.Tag}}  {{.Size}}' | grep '^leptonic/'
-exec .venv/bin/python -m pytest -m "compose and not long" "$@"
+exec .venv/bin/python -m pytest --timeout 600 -m "compose and not long" "$@"

@@ -130,7 +130,8 @@ async def stop(
     if process.poll() is None:
         process.send_signal(program.stop_signal)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(until_exit(process), most_s or program.stop_s)
+            async with asyncio.timeout(most_s or program.stop_s):
+                await until_exit(process)
     kill_group(process)
     process.wait()
 

@@ -113,7 +113,8 @@ class Load:
             tally.sent += 1
             tally.slowest_s = max(tally.slowest_s, monotonic() - began)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.ended.wait(), PAUSE_S)
+                async with asyncio.timeout(PAUSE_S):
+                    await self.ended.wait()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

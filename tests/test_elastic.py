@@ -183,7 +183,8 @@ class Machine:
             )
             await self.bus.broadcast("heartbeats.machine", msgspec.json.encode(said))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.over.wait(), BEAT_S)
+                async with asyncio.timeout(BEAT_S):
+                    await self.over.wait()
             await self.look()
 
     async def look(self) -> None:

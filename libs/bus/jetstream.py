@@ -5,7 +5,7 @@ import contextlib
 import functools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from typing import Any
 
 import nats
@@ -55,6 +55,23 @@ CLOSE_S = 2
 READ_TIMEOUT_S = 5.0
 
 
+@contextlib.contextmanager
+def cancellable() -> Iterator[None]:
+    """A cancellation in the block ends it, also when what it waits for comes at that moment.
+
+    nats-py waits with `asyncio.wait_for`, which forgets the one for the other before Python 3.12
+    (cpython issue 86296); whoever waits for the cancelled task would wait for ever.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        yield
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
 class JetStreamDelivery:
     """A JetStream message as the loop sees it."""
 
@@ -87,7 +104,8 @@ class JetStreamSubscription:
 
     async def fetch(self, limit: int, timeout_s: float) -> list[Delivery]:
         try:
-            messages = await self.pull.fetch(limit, timeout=timeout_s)
+            with cancellable():
+                messages = await self.pull.fetch(limit, timeout=timeout_s)
         except TimeoutError:  # nats-py raises its own, and under load the plain one
             return []
         except (nats.errors.Error, nats.js.errors.Error) as error:
@@ -149,9 +167,10 @@ class JetStreamBus:
         last: Exception | None = None
         for _ in range(PUBLISH_TRIES):
             try:
-                receipt = await self.context.publish(
-                    subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=complete
-                )
+                with cancellable():
+                    receipt = await self.context.publish(
+                        subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=complete
+                    )
             except (nats.errors.Error, nats.js.errors.Error, OSError) as error:
                 last = error
                 await asyncio.sleep(RECONNECT_WAIT_S)
@@ -228,7 +247,10 @@ class JetStreamBus:
         self, subject: str, payload: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
         try:
-            message = await self.client.request(subject, payload, timeout_s, headers=dict(headers))
+            with cancellable():
+                message = await self.client.request(
+                    subject, payload, timeout_s, headers=dict(headers)
+                )
         except (nats.errors.Error, OSError) as error:
             raise NoAnswer(f"{subject}: {error or type(error).__name__}") from error
         return Reply(message.data, message.headers or {})

@@ -193,7 +193,8 @@ class MemoryBus:
         patience = max(0.0, min(timeout_s, soonest - self.now()))
         self.arrived.clear()
         try:
-            await asyncio.wait_for(self.arrived.wait(), patience)
+            async with asyncio.timeout(patience):
+                await self.arrived.wait()
         except TimeoutError:
             return
 
@@ -258,7 +259,8 @@ class MemoryBus:
 
         await self.random.choice(there).take(Request(subject, payload, headers), send)
         try:
-            return await asyncio.wait_for(replied, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await replied
         except TimeoutError as error:
             raise NoAnswer(f"{subject}: nothing after {timeout_s} s") from error
 

@@ -203,7 +203,8 @@ class Database:
                 continue
             if sent < RELAY_BATCH_MAX:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.outgoing.wait(), RELAY_POLL_S)
+                    async with asyncio.timeout(RELAY_POLL_S):
+                        await self.outgoing.wait()
                 self.outgoing.clear()
 
     async def relay_once(self, bus: Bus) -> int:

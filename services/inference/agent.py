@@ -151,7 +151,8 @@ class Agent:
         """At once when it is called for, else after `BEAT_S`."""
         await asyncio.sleep(SPOKEN_S)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.called_out.wait(), BEAT_S)
+            async with asyncio.timeout(BEAT_S):
+                await self.called_out.wait()
 
     def look(self) -> list[Load]:
         loads = self.loads.look(self.presence.waiting, monotonic_ns())
@@ -176,7 +177,8 @@ class Agent:
                 await self.step_back()
             with contextlib.suppress(TimeoutError):
                 again_s = backoff_s(tries) if tries else REFRESH_S
-                await asyncio.wait_for(self.changed.wait(), again_s)
+                async with asyncio.timeout(again_s):
+                    await self.changed.wait()
 
     async def refresh(self) -> None:
         async with self.db.transaction() as tx:

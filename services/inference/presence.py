@@ -147,7 +147,8 @@ class Presence:
                 while not self.is_found(key):
                     self.call(key, monotonic())
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self.changed.wait(), CALL_S)
+                        async with asyncio.timeout(CALL_S):
+                            await self.changed.wait()
         except TimeoutError as error:
             said = f"no replica of model '{key[1]}' was ready within {min(left_s, WAKE_S):.1f} s"
             kind = DeadlineExceeded if left_s < WAKE_S else Unavailable

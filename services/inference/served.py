@@ -273,7 +273,8 @@ class Served:
         left_s = (deadline_ns - monotonic_ns()) / 1e9 if deadline_ns else None
         stream.coming = self.pool.submit(next, stream.answers, None)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(stream.coming), left_s)
+            async with asyncio.timeout(left_s):
+                return await asyncio.wrap_future(stream.coming)
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.title} did not answer in time") from error
         except Crashed as error:
@@ -379,7 +380,8 @@ class Served:
         if self.sequencer is not None:
             self.sequencer.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.quiet.wait(), STREAMS_END_S)
+            async with asyncio.timeout(STREAMS_END_S):
+                await self.quiet.wait()
         self.is_closed = True
         self.batcher.close()
         for thread in self.threads:

@@ -82,7 +82,8 @@ class Landing:
         """Lands what was fetched and fetches no more; gives up after `DRAIN_S`."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.ended.wait(), DRAIN_S)
+            async with asyncio.timeout(DRAIN_S):
+                await self.ended.wait()
 
     async def lane(self, subscription: Subscription) -> None:
         while not self.draining:

@@ -33,7 +33,8 @@ async def run(context: Context) -> None:
     """Until cancelled. A dependency that is away is waited for."""
     while True:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(context.wake.wait(), POLL_S)
+            async with asyncio.timeout(POLL_S):
+                await context.wake.wait()
         context.wake.clear()
         try:
             await run_once(context)

@@ -193,7 +193,8 @@ class Agent:
                 self.health = DEGRADED
                 log.warning("%s: %s; again in %s s", self.engine.kind, error, LOOK_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self.changed.wait()
 
     async def look(self) -> None:
         self.offer = await self.engine.offer()

@@ -29,6 +29,8 @@ SHIM = Path(__file__).with_name("shim.py")
 PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "USER", "LD_LIBRARY_PATH")
 """Of the agent's environment: the rest may hold the platform's secrets."""
 GONE = "its supervisor is gone"
+NEW, OLD = ".new", ".old"
+"""Of folders that are no worker's yet, or any more."""
 
 
 class ProcessEngine:
@@ -37,6 +39,8 @@ class ProcessEngine:
     def __init__(self, folder: Path, offer: Offer) -> None:
         self.folder = folder / "workers"
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"*{OLD}"):
+            shutil.rmtree(left, ignore_errors=True)
         self.offered = offer
         self.shims: list[int] = []
         """Of this process, to be reaped; an earlier agent's are init's."""
@@ -61,14 +65,19 @@ class ProcessEngine:
                     os.kill(pid, signal.SIGTERM)
 
     async def remove(self, worker: Worker) -> None:
-        await asyncio.to_thread(shutil.rmtree, self.folder / worker.name)
+        await asyncio.to_thread(self.clear, worker)
+
+    def clear(self, worker: Worker) -> None:
+        """Gone at once: who looks meanwhile sees no half of it."""
+        folder = self.folder / worker.name
+        shutil.rmtree(folder.rename(folder.with_suffix(OLD)))
 
     def launch(self, worker: Worker, spec: Spec) -> None:
         """Complete before it is there: under its name the folder has everything it needs."""
         folder = self.folder / worker.name
         if folder.exists():
             return
-        new = folder.with_suffix(".new")
+        new = folder.with_suffix(NEW)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         (new / "worker.json").write_bytes(msgspec.json.encode(worker))
@@ -81,8 +90,8 @@ class ProcessEngine:
 
     def look(self) -> list[Seen]:
         self.shims = [shim for shim in self.shims if os.waitpid(shim, os.WNOHANG) == (0, 0)]
-        folders = (one for one in self.folder.iterdir() if one.suffix != ".new")
-        return [seen_in(folder) for folder in sorted(folders)]
+        folders = (one for one in self.folder.iterdir() if one.suffix not in (NEW, OLD))
+        return [seen for folder in sorted(folders) if (seen := seen_in(folder)) is not None]
 
 
 def spawn(command: list[str]) -> int:
@@ -105,7 +114,17 @@ def task_of(worker: Worker, spec: Spec, folder: Path) -> dict[str, object]:
     }
 
 
-def seen_in(folder: Path) -> Seen:
+def seen_in(folder: Path) -> Seen | None:
+    """None when it was removed meanwhile."""
+    try:
+        return read(folder)
+    except FileNotFoundError:
+        if folder.exists():
+            raise
+        return None
+
+
+def read(folder: Path) -> Seen:
     worker = msgspec.json.decode((folder / "worker.json").read_bytes(), type=Worker)
     with taking(folder) as free:
         if not free:

@@ -33,7 +33,8 @@ class Scaler:
     async def run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.wanted.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self.wanted.wait()
             self.wanted.clear()
             try:
                 await self.writer.ask(self.decisions, lambda _: None)

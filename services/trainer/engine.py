@@ -65,7 +65,8 @@ class Engine:
     async def look(self) -> None:
         """Learns which nodes there are. Raises `Lost` where the head's is not among them."""
         try:
-            told = await asyncio.wait_for(asyncio.to_thread(ray.nodes), WATCH_TIMEOUT_S)
+            async with asyncio.timeout(WATCH_TIMEOUT_S):
+                told = await asyncio.to_thread(ray.nodes)
         except (TimeoutError, ray.exceptions.RayError) as error:
             raise Lost(f"Ray does not answer: {error!r}") from error
         nodes = sorted(nodes_of(told), key=lambda node: (not node.is_head, node.id))

@@ -75,7 +75,8 @@ class Campaign:
     async def until(self, what: Awaitable[Any], since_s: float) -> float:
         """Seconds it took; `RECOVERY_S` at most, and then the audit tells what is missing."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(what, RECOVERY_S)
+            async with asyncio.timeout(RECOVERY_S):
+                await what
         return monotonic() - since_s
 
     async def catch_up(self, publishing: asyncio.Task[None]) -> float:
@@ -226,7 +227,8 @@ async def begun(ground: Ground) -> AsyncIterator[Campaign]:
             audit = Audit(ground.stack, ground.objects, DATASET, DATASET)
             campaign = Campaign(ground.stack, ground.controls, bus, predictor, audit)
             await campaign.records.run(VERSION_EVERY, 0.0)
-            await asyncio.wait_for(predictor.success_after(0.0), RECOVERY_S)
+            async with asyncio.timeout(RECOVERY_S):
+                await predictor.success_after(0.0)
             yield campaign
 
 

@@ -165,7 +165,8 @@ async def pause(seconds: float) -> None:
     """The load's own rhythm; nothing waits for it."""
     if seconds > 0:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.Event().wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await asyncio.Event().wait()
 
 
 @contextlib.asynccontextmanager

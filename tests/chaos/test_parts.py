@@ -85,7 +85,8 @@ async def test_a_cut_cable_is_silent_and_loses_nothing(tmp_path: Path, end: str)
         await proxy.cut(plan, {end})
         writer.write(b"two\n")
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reader.readline(), SILENCE_S)
+            async with asyncio.timeout(SILENCE_S):
+                await reader.readline()
         await proxy.cut(plan, {"somebody else"})
         assert await reader.readline() == b"two\n"
         writer.close()
@@ -101,7 +102,8 @@ async def test_a_tree_of_processes_stands_still_and_goes_on(tmp_path: Path) -> N
         await process.stdout.readline()
         signal_tree(process.pid, signal.SIGSTOP)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(everything(process.stdout), SILENCE_S)
+            async with asyncio.timeout(SILENCE_S):
+                await everything(process.stdout)
         signal_tree(process.pid, signal.SIGCONT)
         assert await process.stdout.readline() == b"x\n"
     finally:

@@ -8,7 +8,7 @@ import msgspec
 import psutil
 
 from libs.bus import RECORDS, Stream
-from libs.bus.jetstream import JetStreamBus, connect
+from libs.bus.jetstream import JetStreamBus, cancellable, connect
 from stack.testing import eventually
 
 TRIES = 15
@@ -19,6 +19,38 @@ async def test_a_fetch_that_runs_out_of_time_is_empty(bus: JetStreamBus) -> None
     subscription = await bus.subscribe(RECORDS, "reader", ["records.>"])
     for n in range(150):
         assert await subscription.fetch(10, 0.002 + 0.0001 * (n % 100)) == []
+
+
+async def test_a_cancellation_is_kept_although_an_answer_came_with_it() -> None:
+    """What a fetch waits for and the end of the service, in one turn of the event loop."""
+    answer = asyncio.get_running_loop().create_future()
+
+    async def fetch() -> None:
+        with cancellable():
+            await asyncio.tasks.wait_for(answer, 60)  # as nats-py does
+
+    fetching = asyncio.create_task(fetch())
+    await asyncio.sleep(0)
+    answer.set_result(b"")
+    fetching.cancel()
+    await asyncio.wait([fetching])
+    assert fetching.cancelled()
+
+
+async def test_what_is_done_after_a_cancellation_is_done() -> None:
+    async def tidy() -> str:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            with cancellable():
+                await asyncio.sleep(0)
+            return "done"
+        return ""
+
+    tidying = asyncio.create_task(tidy())
+    await asyncio.sleep(0)
+    tidying.cancel()
+    assert await tidying == "done"
 
 
 async def test_a_server_that_hangs_up_costs_no_socket_a_try() -> None:

@@ -107,7 +107,8 @@ async def test_two_hold_a_name_one_after_the_other(db: Database) -> None:
         waiting = asyncio.create_task(hold())
         await emit(db, 1)
         assert not held.is_set()
-    await asyncio.wait_for(waiting, 10)
+    async with asyncio.timeout(10):
+        await waiting
 
 
 async def test_a_migration_that_fails_leaves_nothing(postgres_dsn: str) -> None:

@@ -14,7 +14,8 @@ async def test_a_job_that_misses_its_cancellation_is_cancelled_again(turns: int)
 
     async def job() -> None:
         while True:
-            await asyncio.wait_for(rang.wait(), 60)
+            async with asyncio.timeout(60):
+                await rang.wait()
             rang.clear()
 
     async with asyncio.timeout(10), background(job()):

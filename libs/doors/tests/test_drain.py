@@ -108,7 +108,8 @@ async def test_nobody_is_refused_while_a_newer_process_takes_over() -> None:
             await eventually(lambda: callers.answered > 100)
             await stack.enter_async_context(desk(*doors))
             old.terminate()
-            assert await asyncio.wait_for(old.wait(), ENDS_S) == 0
+            async with asyncio.timeout(ENDS_S):
+                assert await old.wait() == 0
             seen = callers.answered
             await eventually(lambda: callers.answered > seen + 100)
             callers.ended = True

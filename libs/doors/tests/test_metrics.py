@@ -73,6 +73,7 @@ async def test_a_caller_who_leaves_is_counted() -> None:
     async with both_doors(desk) as (channel, _):
         stub: Any = registry_pb2_grpc.RegistryStub(channel)
         call = stub.ListModels(pb.ListModelsRequest(project="p"))
-        await asyncio.wait_for(desk.asked.wait(), 5)
+        async with asyncio.timeout(5):
+            await desk.asked.wait()
         call.cancel()
         await eventually(lambda: counted("grpc", RPC, "CANCELLED") == before + 1)

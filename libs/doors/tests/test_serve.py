@@ -130,7 +130,8 @@ async def test_what_was_asked_before_the_end_is_answered() -> None:
         closed = asyncio.create_task(closing.aclose())
         await eventually(lambda: refused(http_port))
         desk.may_answer.set()
-        await asyncio.wait_for(closed, 10)
+        async with asyncio.timeout(10):
+            await closed
         assert await first == pb.ListModelsResponse()
         assert (await second).status_code == 200
 
@@ -154,7 +155,8 @@ async def test_a_background_job_that_fails_ends_the_service() -> None:
             await asyncio.Event().wait()
 
     with pytest.raises(ExceptionGroup) as ended:
-        await asyncio.wait_for(serve(), 5)
+        async with asyncio.timeout(5):
+            await serve()
     assert isinstance(ended.value.exceptions[0], OSError)
 
 

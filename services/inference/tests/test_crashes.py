@@ -275,7 +275,8 @@ def test_a_crash_under_load_is_one_requests(made: Make) -> None:
     assert model.crashes == 1
 
 
-def test_nothing_of_a_closed_or_fallen_worker_is_held() -> None:
+async def test_nothing_of_a_closed_or_fallen_worker_is_held() -> None:
+    """A joined thread is gone for the kernel a moment later."""
     built = graph("Identity", "FP32", ["rows", 2])
     before = held()
     for _ in range(10):
@@ -285,4 +286,4 @@ def test_nothing_of_a_closed_or_fallen_worker_is_held() -> None:
             model.run({"x": ONE})
         model.run({"x": ONE})
         model.close()
-    assert held() == before
+    await eventually(lambda: held() == before)

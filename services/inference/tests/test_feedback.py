@@ -197,7 +197,8 @@ async def test_a_full_log_drops_and_counts_and_the_drain_delivers_the_rest(
     journal = Journal(dam, entries_max=3)  # type: ignore[arg-type]
     async with journal.running():
         journal.put(entry("first"))
-        await asyncio.wait_for(dam.tried.wait(), 10)
+        async with asyncio.timeout(10):
+            await dam.tried.wait()
         for number in range(5):
             journal.put(entry(str(number)))
         assert journal.dropped == 2

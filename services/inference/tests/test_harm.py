@@ -176,7 +176,8 @@ async def test_deployed_anew_it_is_tried_again(
         assert await eventually(lambda: answer_of(apart)) == 1
         await kill_worker(apart, "1")
     with pytest.raises(grpc.aio.AioRpcError, match="quarantined"):
-        await asyncio.wait_for(apart.infer(ROW), 10)
+        async with asyncio.timeout(10):
+            await apart.infer(ROW)
     await platform.deploy(2, one)
     await apart.until_announced(2)
     assert await answer_of(apart) == 1

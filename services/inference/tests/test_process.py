@@ -88,7 +88,8 @@ async def test_tritonclient_works_over_grpc_and_http(
             f"127.0.0.1:{settings.http_port}",
             stdout=asyncio.subprocess.PIPE,
         )
-        printed, _ = await asyncio.wait_for(stranger.communicate(), 60)
+        async with asyncio.timeout(60):
+            printed, _ = await stranger.communicate()
     kept = json.loads(printed)
     assert kept["grpc"] == kept["http"]
     assert kept["grpc"]["labels"] == kept["stream"] == [1, 0]
@@ -110,7 +111,8 @@ async def test_sigterm_answers_what_was_accepted_and_logs_it(
         await oip.ServerLive(ServerLiveRequest())  # behind them on the same connection
         process.send_signal(signal.SIGTERM)
         assert [labels(answer) for answer in await asyncio.gather(*accepted)] == [[1]] * 20
-        assert await asyncio.wait_for(process.wait(), DRAIN_S) == 0
+        async with asyncio.timeout(DRAIN_S):
+            assert await process.wait() == 0
     messages = await bus.read(REQUESTS, "requests.default.digits", 0, 50)
     assert sum(len(json.loads(message.payload)) for message in messages) == 20
 

@@ -60,7 +60,8 @@ class Recorded:
         self.vanish = gone
 
     async def end(self) -> tuple[int, str]:
-        await asyncio.wait_for(self.ended.wait(), 10)
+        async with asyncio.timeout(10):
+            await self.ended.wait()
         assert self.status is not None
         return self.status[:2]
 

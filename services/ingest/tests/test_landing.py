@@ -236,7 +236,8 @@ async def test_a_message_that_is_twice_in_a_batch_lands_once(
     hasty = await bus.subscribe(RECORDS, "hasty", ["records.>"], ack_wait_s=0.1)
     batch = [*await hasty.fetch(2, 5.0), *await hasty.fetch(2, 5.0)]
     assert sorted(one.deliveries for one in batch) == [1, 1, 2, 2]
-    await asyncio.wait_for(landing.land(sorted(batch, key=lambda one: one.sequence)), 10)
+    async with asyncio.timeout(10):
+        await landing.land(sorted(batch, key=lambda one: one.sequence))
     assert [label for _, _, label in await rows_of(db, objects)] == [1, 2]
     await eventually(lambda: is_done(hasty))
 

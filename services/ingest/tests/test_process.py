@@ -103,7 +103,8 @@ async def test_every_acked_record_lands_once_although_the_service_is_killed(
             assert (await client.get("/health/live")).json() == {"live": True}
             assert "/v1/projects/{project}/datasets" in (await client.get("/openapi.json")).text
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
 
 
 async def some_landed(db: Database) -> bool:

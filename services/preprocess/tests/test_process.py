@@ -122,7 +122,8 @@ async def test_it_starts_builds_answers_and_drains(
                     pb.BuildDatasetVersionRequest(project="default", dataset="cats")
                 )
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), DRAIN_S) == 0
+        async with asyncio.timeout(DRAIN_S):
+            assert await process.wait() == 0
 
 
 async def test_killed_in_mid_build_it_builds_once_on_its_return(

@@ -95,7 +95,8 @@ async def test_it_starts_answers_publishes_and_drains(
         feed = (await get(environment, "/v1/events?project=p")).json()
         assert [one["type"] for one in feed["events"]] == ["ai.leptonic.pipeline.applied.v1"]
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), DRAIN_S) == 0
+        async with asyncio.timeout(DRAIN_S):
+            assert await process.wait() == 0
 
 
 async def test_what_was_committed_before_a_crash_is_published_after_the_restart(

@@ -22,6 +22,7 @@ from libs.contracts.events import (
     AttemptSucceeded,
     Resources,
 )
+from services.scheduler.process_agent import OLD
 from services.scheduler.tests.engines import NODE, Desk, processes, stopped_of
 from services.scheduler.workers import Seen, Worker, verdict_of
 from stack.testing import eventually
@@ -176,6 +177,18 @@ async def test_a_newer_attempt_ends_the_older_and_never_the_other_way(
         assert ran.read_text() == "ran\n"
         await desk.say(stopped_of(desk.placed("one", "", token=8)))
         await desk.empty(agent)
+
+
+async def test_a_worker_that_is_half_removed_is_none(desk: Desk) -> None:
+    async with desk.agent() as agent:
+        await desk.say(desk.placed("one", ""))
+        await desk.ended("one")
+        await desk.empty(agent)
+    left = desk.folder / "workers" / f"half{OLD}"
+    left.mkdir()
+    assert await agent.engine.workers() == []
+    desk.make(desk.folder)
+    assert not left.exists()
 
 
 async def test_a_share_that_was_started_in_part_is_given_back(desk: Desk) -> None:

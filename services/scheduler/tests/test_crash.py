@@ -87,7 +87,8 @@ class Node(Agent):
                 await self.service.publish(done, id=f"d{placed.token}")
                 self.seen = one.sequence
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.silenced.wait(), BEAT_S)
+                async with asyncio.timeout(BEAT_S):
+                    await self.silenced.wait()
 
 
 async def submit(service: Service, name: str) -> None:

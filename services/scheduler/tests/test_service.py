@@ -51,7 +51,8 @@ class Agent:
             said = msgspec.structs.replace(self.heartbeat, running=self.running)
             await self.bus.broadcast(f"heartbeats.{said.node}", msgspec.json.encode(said))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.silenced.wait(), BEAT_S)
+                async with asyncio.timeout(BEAT_S):
+                    await self.silenced.wait()
 
 
 @contextlib.asynccontextmanager
@@ -291,7 +292,8 @@ async def test_a_standby_answers_once_the_leader_was_told_to_end(
         assert await service.state("j") == "waiting"
         assert not asked.done()
         running(service).terminate()
-        assert await asyncio.wait_for(process.until_exit(running(service)), 10) == 0
+        async with asyncio.timeout(10):
+            assert await process.until_exit(running(service)) == 0
         assert await asked == "waiting"
     finally:
         await standby.http.aclose()

@@ -304,7 +304,8 @@ async def test_a_leader_that_stands_still_is_unseated(
         renewing.cancel()
         monkeypatch.setattr(lease, "RENEW_S", 0.05)
         monkeypatch.setattr(lease, "LEASE_S", 0.5)
-        await asyncio.wait_for(waiting, 60)
+        async with asyncio.timeout(60):
+            await waiting
         with pytest.raises(TRANSIENT):
             await still.execute("select 1")
 
