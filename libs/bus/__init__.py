@@ -4,7 +4,7 @@
 tests, which misbehaves from a seed. Both pass `tests/test_behaviour.py`.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple, Protocol
 
@@ -50,6 +50,15 @@ class ReadFailed(ConnectionError):
 
 class NoAnswer(ConnectionError):
     """Nobody responds to the subject, or nobody did in time."""
+
+
+class Outgoing(NamedTuple):
+    """One of many to be published."""
+
+    subject: str
+    payload: bytes
+    id: str
+    headers: Mapping[str, str]
 
 
 class Request(NamedTuple):
@@ -123,6 +132,13 @@ class Bus(Protocol):
         """Returns the stream sequence once the message is durable.
 
         The same `id` within the deduplication window is stored once. Raises `PublishFailed`.
+        """
+        ...
+
+    async def publish_all(self, messages: Sequence[Outgoing]) -> None:
+        """Returns once all are durable. One that has to be tried again comes after the others.
+
+        Raises `PublishFailed` when one is not; publishing all again is safe.
         """
         ...
 

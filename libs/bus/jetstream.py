@@ -5,7 +5,7 @@ import contextlib
 import functools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import nats
@@ -31,6 +31,7 @@ from libs.bus import (
     Backlog,
     Delivery,
     NoAnswer,
+    Outgoing,
     PublishFailed,
     ReadFailed,
     Reply,
@@ -39,6 +40,7 @@ from libs.bus import (
     Subscription,
     wire,
 )
+from libs.bus.pipe import Pipe
 from libs.bus.responder import Responder
 
 log = logging.getLogger(__name__)
@@ -128,10 +130,24 @@ class JetStreamBus:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.context = client.jetstream(timeout=API_TIMEOUT_S)
+        self.pipe = Pipe()
 
     @property
     def connected(self) -> bool:
         return self.client.is_connected
+
+    @property
+    def token(self) -> str:
+        return self.client.options["token"] or ""
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Of the server it is connected to."""
+        server = self.client.connected_url
+        if server is None:
+            return None
+        assert server.hostname is not None
+        return server.hostname, server.port or NATS_PORT
 
     async def create_streams(self, streams: Collection[Stream] = STREAMS) -> None:
         """Creates what is missing; what is there is left as an operator has it."""
@@ -177,6 +193,18 @@ class JetStreamBus:
             else:
                 return receipt.seq
         raise PublishFailed(f"{subject}: no ack after {PUBLISH_TRIES} tries: {last}") from last
+
+    async def publish_all(self, messages: Sequence[Outgoing]) -> None:
+        """What does not get through at once is tried again as any other."""
+        left, address = list(messages), self.address
+        if address is not None:
+            left = await self.pipe.publish(address, self.token, messages)
+        again = [
+            self.publish(one.subject, one.payload, id=one.id, headers=one.headers) for one in left
+        ]
+        for answer in await asyncio.gather(*again, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
 
     async def subscribe(
         self, stream: Stream, durable: str, subjects: list[str], ack_wait_s: float = 30.0
@@ -230,14 +258,10 @@ class JetStreamBus:
         await self.client.publish(subject, payload)
 
     async def listen(self, subject: str) -> AsyncIterator[tuple[str, bytes]]:
-        token = self.client.options["token"] or ""
         while True:
-            server = self.client.connected_url
             try:
-                if server is not None:
-                    assert server.hostname is not None
-                    address = server.hostname, server.port or NATS_PORT
-                    async for message in wire.listen(address, token, subject):
+                if (address := self.address) is not None:
+                    async for message in wire.listen(address, self.token, subject):
                         yield message
             except OSError as error:
                 log.warning("%s: %s", subject, error)
@@ -316,6 +340,7 @@ async def connect(
         await bus.create_streams(streams)
         yield bus
     finally:
+        bus.pipe.close()
         # Not `drain`: it waits for a pull consumer's status messages, which nobody takes.
         with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError):
             await client.flush(timeout=CLOSE_S)

@@ -8,7 +8,7 @@ loses its consumers' unacked work in a crash. A handler that passes over it is i
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import msgspec
@@ -21,6 +21,7 @@ from libs.bus import (
     Backlog,
     Delivery,
     NoAnswer,
+    Outgoing,
     PublishFailed,
     Reply,
     Request,
@@ -215,6 +216,15 @@ class MemoryBus:
         if self.happens(self.misbehaviour.publish_failure):
             raise PublishFailed(f"{subject}: the ack was lost")
         return sequence
+
+    async def publish_all(self, messages: Sequence[Outgoing]) -> None:
+        sending = [
+            self.publish(one.subject, one.payload, id=one.id, headers=one.headers)
+            for one in messages
+        ]
+        for answer in await asyncio.gather(*sending, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
 
     async def subscribe(
         self, stream: Stream, durable: str, subjects: list[str], ack_wait_s: float = 30.0

@@ -185,15 +185,15 @@ def child_of(traceparent: str) -> str:
 
 def current() -> str:
     """The traceparent of the current span; "" outside any."""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return carrier.get("traceparent", "")
+    return traceparent_of(trace.get_current_span())
 
 
 def traceparent_of(one: Span) -> str:
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier, context=trace.set_span_in_context(one))
-    return carrier.get("traceparent", "")
+    """By hand: the propagators take 8 us, and every question asks."""
+    place = one.get_span_context()
+    if not place.is_valid:
+        return ""
+    return f"00-{place.trace_id:032x}-{place.span_id:016x}-{place.trace_flags:02x}"
 
 
 def context_of(traceparent: str) -> Context:

@@ -11,6 +11,7 @@ from libs.bus import (
     Backlog,
     Bus,
     NoAnswer,
+    Outgoing,
     PublishFailed,
     Reply,
     Request,
@@ -35,6 +36,33 @@ async def test_the_same_id_is_stored_once(either: Bus) -> None:
     again = await either.publish("records.p.d", b"1", id="same")
     other = await either.publish("records.p.d", b"1", id="other")
     assert (again, other) == (first, first + 1)
+
+
+async def test_many_are_stored_in_order_and_each_once(either: Bus) -> None:
+    place = {"traceparent": "t"}
+    many = [Outgoing("events.p.a.x", b"%d\r\n" % n, f"id {n}", place) for n in range(1500)]
+    await either.publish("events.p.a.x", b"7\r\n", id="id 7")
+    await either.publish_all(many[:1000])
+    await either.publish_all(many[900:])
+    await either.publish_all([])
+    stored = await either.read(EVENTS, "events.>", 0, 2000)
+    assert [one.payload for one in stored] == [
+        b"7\r\n",
+        *(one.payload for one in many if one.id != "id 7"),
+    ]
+    last = stored[-1]
+    assert (last.subject, dict(last.headers)) == (
+        "events.p.a.x",
+        {"traceparent": "t", "Nats-Msg-Id": "id 1499"},
+    )
+
+
+async def test_one_of_many_that_no_stream_takes_is_said(either: Bus) -> None:
+    many = [Outgoing(subject, b"", subject, {}) for subject in ("records.a", "nowhere.at.all")]
+    with pytest.raises(PublishFailed, match="nowhere"):
+        await either.publish_all([*many, Outgoing("records.b", b"", "b", {})])
+    stored = await either.read(RECORDS, "records.>", 0, 10)
+    assert [one.subject for one in stored] == ["records.a", "records.b"]
 
 
 async def test_a_subject_no_stream_takes_is_not_acked(either: Bus) -> None:

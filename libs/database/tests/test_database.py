@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import psycopg
@@ -11,7 +11,7 @@ import pytest_asyncio
 from psycopg_pool.base import AttemptWithBackoff
 
 from libs import database
-from libs.bus import EVENTS, PublishFailed
+from libs.bus import EVENTS, Outgoing, PublishFailed
 from libs.bus.jetstream import JetStreamBus
 from libs.bus.memory import MemoryBus, Misbehaviour
 from libs.contracts.envelope import decode
@@ -56,7 +56,7 @@ async def emit(db: Database, *numbers: int) -> None:
 
 
 async def jobs(bus: JetStreamBus | MemoryBus) -> list[str]:
-    found = await bus.read(EVENTS, "events.>", 0, 1000)
+    found = await bus.read(EVENTS, "events.>", 0, 2000)
     events = [decode(one.payload)[1] for one in found]
     return [event.job for event in events if isinstance(event, JobCancelled)]
 
@@ -180,20 +180,20 @@ async def test_a_batch_takes_effect_once_and_its_news_leaves_in_order(
     async with db.transaction() as tx:
         assert await tx.first_times(["a", "b", "a"]) == {"a", "b"}
         await tx.emit(cancelled(0))
-        await tx.emit_all([(cancelled(number), place) for number in range(1, 300)])
+        await tx.emit_all([(cancelled(number), place) for number in range(1, 600)])
     async with db.transaction() as tx:
         assert await tx.first_times(["b", "c"]) == {"c"}
         assert not await tx.first_time("a")
-    assert [await db.relay_once(bus) for _ in range(3)] == [256, 44, 0]
-    assert await jobs(bus) == [f"job-{number}" for number in range(300)]
-    *_, last = await bus.read(EVENTS, "events.>", 0, 1000)
+    assert [await db.relay_once(bus) for _ in range(3)] == [512, 88, 0]
+    assert await jobs(bus) == [f"job-{number}" for number in range(600)]
+    *_, last = await bus.read(EVENTS, "events.>", 0, 2000)
     assert last.headers["traceparent"] == place
 
 
 async def test_two_relays_publish_once_and_in_order(
     postgres_dsn: str, db: Database, bus: JetStreamBus
 ) -> None:
-    numbers = range(600)
+    numbers = range(1200)
     async with db.transaction() as tx:
         for number in numbers:
             await tx.emit(cancelled(number))
@@ -221,6 +221,29 @@ async def test_a_publish_whose_ack_is_lost_is_stored_once(db: Database) -> None:
     assert await jobs(bus) == ["job-0", "job-1", "job-2"]
 
 
+class Dies(MemoryBus):
+    """Takes everything, and that is the last its publisher hears."""
+
+    async def publish_all(self, messages: Sequence[Outgoing]) -> None:
+        await super().publish_all(messages)
+        raise asyncio.CancelledError
+
+
+async def test_a_relay_that_dies_before_it_clears_publishes_again_under_the_same_ids(
+    db: Database,
+) -> None:
+    bus = Dies()
+    async with db.transaction() as tx:
+        await tx.emit_all([(cancelled(number), "") for number in range(3)])
+    with pytest.raises(asyncio.CancelledError):
+        await db.relay_once(bus)
+    assert await outbox(db) == 3
+    again = MemoryBus()
+    again.streams, again.seen = bus.streams, bus.seen
+    assert await db.relay_once(again) == 3
+    assert await jobs(again) == ["job-0", "job-1", "job-2"]
+
+
 class Meanwhile(MemoryBus):
     """Something commits between the relay's look at the outbox and its clearing."""
 
@@ -229,12 +252,10 @@ class Meanwhile(MemoryBus):
         self.slower = slower
         self.done = done
 
-    async def publish(
-        self, subject: str, payload: bytes, *, id: str, headers: Mapping[str, str] | None = None
-    ) -> int:
+    async def publish_all(self, messages: Sequence[Outgoing]) -> None:
         self.slower.set()
         await self.done.wait()
-        return await super().publish(subject, payload, id=id, headers=headers)
+        await super().publish_all(messages)
 
 
 async def test_what_was_emitted_first_and_committed_last_is_not_lost(db: Database) -> None:
