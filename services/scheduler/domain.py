@@ -21,7 +21,7 @@ from libs.contracts.events import (
     JobCancelled,
     JobRequested,
 )
-from services.scheduler import audit, elastic, quota
+from services.scheduler import audit, elastic, quota, resume
 from services.scheduler.backfill import Reservation
 from services.scheduler.book import Cause
 from services.scheduler.deployments import Deployment
@@ -41,7 +41,7 @@ from services.scheduler.jobs import (
 )
 from services.scheduler.lines import Lines
 from services.scheduler.nodes import HEALTHY, NOTHING, SILENT_S, UNHEALTHY, Node
-from services.scheduler.placement import adopt, explain
+from services.scheduler.placement import explain
 from services.scheduler.scores import Prices
 from services.scheduler.shapes import Shape
 from services.scheduler.stimuli import (
@@ -275,16 +275,6 @@ class Scheduler(Fleet):
             self.touched.add(key)
             del self.jobs[key]
 
-    def take_up(self, job: Job) -> None:
-        """A placement that a snapshot names; one that no node has room for any more is lost."""
-        placement = job.live
-        if placement.node and not placement.parts:
-            placement.parts = adopt(self.pool, job, placement.node)
-        if placement.parts:
-            self.hold(job)
-        else:
-            job.placement, job.state = None, WAITING
-
     # --- what can be kept
 
     def snapshot(self) -> State:
@@ -330,13 +320,7 @@ def restore(state: State) -> Scheduler:
         scheduler.models[node.gpu_model] += 1
         scheduler.machines[node.node] = node.machine
         scheduler.pool.join(node.machine)
-    placed = [job for job in state.jobs if job.placement is not None]
-    # The newest is first in its queue, and last on its node: inserted in front of 100,000 each
-    # would move them all.
-    for job in sorted(placed, key=token_of, reverse=True):
-        scheduler.take_up(job)
-    for name, held in scheduler.on_node.items():
-        scheduler.on_node[name] = dict(reversed(held.items()))
+    resume.placed(scheduler, state.jobs)
     for node in scheduler.nodes.values():
         scheduler.pool.open(node.node, node.state == HEALTHY)
     for job in state.jobs:
@@ -351,10 +335,6 @@ def restore(state: State) -> Scheduler:
 def on(job: Job) -> str:
     """The nodes that hold it, by rank; "" for none."""
     return ", ".join(part.node for part in job.placement.parts) if job.placement else ""
-
-
-def token_of(job: Job) -> int:
-    return job.placement.token if job.placement else 0
 
 
 STIMULI: dict[type[Stimulus], Callable[[Scheduler, Any], None]] = {

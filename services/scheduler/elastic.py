@@ -18,7 +18,7 @@ from libs.contracts.events import AttemptFailed, JobCancelled, JobRequested
 from services.scheduler import preempt
 from services.scheduler.book import Book, Cause, Claim
 from services.scheduler.deployments import Deployment
-from services.scheduler.jobs import CANCELLED, LIVE, TERMINAL, WAITING, Job, Key, shape_of
+from services.scheduler.jobs import CANCELLED, LIVE, TERMINAL, WAITING, Job, Key, ask_of
 from services.scheduler.shapes import Spot
 from services.scheduler.stimuli import Deployed, Heartbeat, Scaled, Stimulus, Tick
 
@@ -178,7 +178,7 @@ def node_for(book: Book, deployment: Deployment, others: Sequence[Job]) -> str |
 
 
 def has_room(book: Book, deployment: Deployment, node: str) -> bool:
-    return book.pool.find(shape_of(request_of(deployment, "", node))) is not None
+    return book.pool.find(ask_of(request_of(deployment, "", node)).shape) is not None
 
 
 # --- lending

@@ -1,7 +1,9 @@
 """Jobs: what was asked for, where it is, and what became of it."""
 
 import re
-from functools import cached_property
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -28,8 +30,24 @@ MODELS_MAX = LABELS_MAX = 64
 SPEC_BYTES_MAX = RESULT_BYTES_MAX = 1 << 20
 """Spec and result travel together in `JobSucceeded`, which must fit a bus message (8 MiB)."""
 
+ASKS_KEPT = 1 << 12
+"""Of jobs that ask for the same there is one `Ask`, as long as no more are asked for in between."""
+
 Key = tuple[str, str]
 """(project, job)"""
+T = TypeVar("T")
+
+
+class once(Generic[T]):  # noqa: N801 - used as a decorator
+    """`functools.cached_property` without its lock, which costs 1 us a job until Python 3.12."""
+
+    def __init__(self, of: "Callable[[Job], T]") -> None:
+        self.of = of
+        self.name = of.__name__
+
+    def __get__(self, job: "Job", _: Any) -> T:
+        value = vars(job)[self.name] = self.of(job)
+        return value
 
 
 class Ask(msgspec.Struct, frozen=True, order=True):
@@ -40,7 +58,7 @@ class Ask(msgspec.Struct, frozen=True, order=True):
     one_node: bool
 
 
-class Part(msgspec.Struct, frozen=True):
+class Part(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one node holds of an attempt."""
 
     node: str
@@ -56,7 +74,7 @@ class Part(msgspec.Struct, frozen=True):
         return [Spot(self.node, gpus) for gpus in self.gpus]
 
 
-class Placement(msgspec.Struct):
+class Placement(msgspec.Struct, omit_defaults=True):
     """The one live attempt of a job: all its workers."""
 
     attempt: int
@@ -84,7 +102,7 @@ class Placement(msgspec.Struct):
         return next((part for part in self.parts if part.node == node), None)
 
 
-class Job(msgspec.Struct, kw_only=True, dict=True):
+class Job(msgspec.Struct, kw_only=True, dict=True, omit_defaults=True):
     request: JobRequested
     """Without its spec once the job has ended."""
     traceparent: str
@@ -109,15 +127,15 @@ class Job(msgspec.Struct, kw_only=True, dict=True):
     """It has waited as long as anybody may, in a queue by attained service."""
     ended_at: float = 0.0
 
-    @cached_property
+    @once
     def key(self) -> Key:
         return self.request.project, self.request.job
 
-    @cached_property
+    @once
     def ask(self) -> Ask:
-        return Ask(shape_of(self.request), self.request.workers, self.request.topology == "node")
+        return ask_of(self.request)
 
-    @cached_property
+    @once
     def gpu_milli(self) -> int:
         """Of the whole gang."""
         return self.ask.workers * self.ask.shape.gpus * self.ask.shape.gpu_milli
@@ -166,21 +184,40 @@ class Job(msgspec.Struct, kw_only=True, dict=True):
         return self.request.priority + (int(self.waited(now) // aging_s) if aging_s else 0)
 
 
-def shape_of(request: JobRequested) -> Shape:
+def ask_of(request: JobRequested) -> Ask:
+    return asked(
+        request.resources,
+        request.workers,
+        request.topology == "node",
+        request.kind,
+        tuple(request.gpu_models),
+        tuple(request.labels.items()),
+    )
+
+
+@lru_cache(ASKS_KEPT)
+def asked(
+    each: Resources,
+    workers: int,
+    one_node: bool,
+    kind: str,
+    models: tuple[str, ...],
+    labels: tuple[tuple[str, str], ...],
+) -> Ask:
     """2000 milli of one GPU are two whole ones: so they were asked for before there was `gpus`."""
-    each = request.resources
     gpus, milli = (each.gpus, each.gpu_milli) if each.gpu_milli else (0, 0)
     if gpus == 1 and milli > GPU_MILLI:
         gpus, milli = milli // GPU_MILLI, GPU_MILLI
-    return Shape(
+    shape = Shape(
         cpu_milli=each.cpu_milli,
         memory_mib=each.memory_mib,
         gpus=gpus,
         gpu_milli=milli if gpus else 0,
-        gpu_models=tuple(sorted(set(request.gpu_models))),
-        kind=request.kind,
-        labels=tuple(sorted(request.labels.items())),
+        gpu_models=tuple(sorted(set(models))),
+        kind=kind,
+        labels=tuple(sorted(labels)),
     )
+    return Ask(shape, workers, one_node)
 
 
 def problem_of(request: JobRequested) -> tuple[str, str]:

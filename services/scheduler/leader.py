@@ -1,7 +1,7 @@
 """What only the scheduler that leads does: take events, hear heartbeats, watch the clock.
 
-A second scheduler waits here as standby (`lease.py`). Who loses the lock, because Postgres
-restarted, stops and stands in line again.
+A second scheduler waits here as standby (`lease.py`) and reads along (`follower.py`). Who loses the
+lock, because Postgres restarted, stops and stands in line again.
 """
 
 import asyncio
@@ -17,6 +17,8 @@ from psycopg.rows import DictRow
 from libs.bus import Bus, loop
 from libs.database import TRANSIENT
 from services.scheduler import lease, meters, planning
+from services.scheduler.domain import Scheduler
+from services.scheduler.follower import Follower, following
 from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
 from services.scheduler.scaler import Scaler
@@ -46,12 +48,15 @@ async def lead(context: Context, bus: Bus) -> None:
     writer = context.writer
     while True:
         try:
-            async with lease.seat(writer.store.db) as connection:
+            async with (
+                following(writer.store) as follower,
+                lease.seat(writer.store.db) as connection,
+            ):
                 log.info("leads")
                 try:
                     writer.committed, writer.connection = None, connection
                     writer.leading.set()
-                    await work(context, bus, connection)
+                    await work(context, bus, connection, follower)
                 finally:
                     gc.unfreeze()
                     await writer.stop_keeping()
@@ -63,9 +68,14 @@ async def lead(context: Context, bus: Bus) -> None:
         await asyncio.sleep(AGAIN_LEADS_S)
 
 
-async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow]) -> None:
+async def work(
+    context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow], follower: Follower
+) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(lease.renew(context.writer.store.db, lock))
+        followed = await follower.ended()
+        if followed is not None:
+            go_on(context.writer, followed)
         nodes = (await context.writer.state()).nodes
         gc.freeze()  # or every full collection would look at what was read, 0.3 s at 100,000 jobs
         pulse = Pulse(context, bus, Liveness(nodes, time.monotonic()))
@@ -78,6 +88,12 @@ async def work(context: Context, bus: Bus, lock: psycopg.AsyncConnection[DictRow
         group.create_task(pulse.scaler.run())
         group.create_task(tell(context.writer))
         group.create_task(planning.plan(context.writer))
+
+
+def go_on(writer: Writer, followed: Scheduler) -> None:
+    """From what was read along, instead of reading all."""
+    writer.committed, writer.kept = followed, writer.store.base or 0
+    writer.due_at = followed.due_at
 
 
 async def tell(writer: Writer) -> None:

@@ -8,13 +8,19 @@ the connection that holds the lock, so two can never both commit.
 
 import asyncio
 import contextlib
+import functools
+import hashlib
 import logging
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import psycopg
 from psycopg.rows import DictRow
 
+from libs.contracts import events
 from libs.database import TRANSIENT, Database
+from services.scheduler.native_pool import EXTENSION
 
 log = logging.getLogger(__name__)
 LEADER = "leptonic.scheduler"
@@ -26,16 +32,21 @@ RENEW = """
     insert into lease (pid, at) values (%s, clock_timestamp())
     on conflict (single) do update set pid = excluded.pid, at = excluded.at
 """
-UNSEAT = """
-    select pid, pg_terminate_backend(pid) as ended from lease
-    where at < clock_timestamp() - make_interval(secs => %s) and exists (
-        select from pg_locks held join pg_database own on own.oid = held.database
-        where held.pid = lease.pid and held.granted and held.locktype = 'advisory'
-            and own.datname = current_database() and held.objsubid = 1
-            and (held.classid::bigint << 32) | held.objid::bigint = hashtext(%s)
-    )
+HOLDERS = """
+    select held.pid from pg_locks held join pg_database own on own.oid = held.database
+    where held.granted and held.locktype = 'advisory'
+        and own.datname = current_database() and held.objsubid = 1
+        and (held.classid::bigint << 32) | held.objid::bigint = hashtext(%s)
 """
+UNSEAT = f"""
+    select pid, pg_terminate_backend(pid) as ended from lease
+    where at < clock_timestamp() - make_interval(secs => %s) and pid in ({HOLDERS})
+"""  # noqa: S608 - our own words
 """Only the one that holds the lock: after a restart of Postgres its pid is somebody else's."""
+SAY_WHO = "select set_config('application_name', %s, false)"
+LEADS_ALIKE = f"""
+    select from pg_stat_activity where pid in ({HOLDERS}) and application_name = %s
+"""
 
 
 @contextlib.asynccontextmanager
@@ -45,9 +56,27 @@ async def seat(db: Database) -> AsyncIterator[psycopg.AsyncConnection[DictRow]]:
     try:
         async with db.exclusively(LEADER) as connection:
             waiting.cancel()
+            await connection.execute(SAY_WHO, (code(),))
             yield connection
     finally:
         waiting.cancel()
+
+
+@functools.cache
+def code() -> str:
+    """A name of what decides: another release may decide the same, and remember something else."""
+    files = [Path(events.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    native = find_spec(EXTENSION)
+    if native is not None and native.origin is not None:
+        files.append(Path(native.origin))
+    together = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return f"{LEADER} {together.hexdigest()[:16]}"
+
+
+async def leads_alike(db: Database) -> bool:
+    """Whether somebody leads by the code that we have."""
+    async with db.transaction() as tx:
+        return await tx.one(LEADS_ALIKE, (LEADER, code())) is not None
 
 
 async def unseat(db: Database) -> None:

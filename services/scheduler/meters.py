@@ -18,6 +18,9 @@ NODES_TOLD_MAX = 500
 """Of more nodes than these only totals are told: 5,000 of them are 25,000 series, 0.25 s to set."""
 WAITS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400, 86_400)
 LEADS = Gauge("leptonic_scheduler_leads", "1 for the scheduler that decides, 0 for a standby")
+FOLLOWED = Gauge(
+    "leptonic_scheduler_followed_line", "Of the log, the last that a standby has read along"
+)
 NODES = Gauge("leptonic_scheduler_nodes", "Nodes in each state of health", ["state"])
 NODE_HEALTHY = Gauge("leptonic_scheduler_node_healthy", "1 for a node that takes work", ["node"])
 CORES = Gauge("leptonic_scheduler_capacity_cores", "CPU a node offers", ["node"])

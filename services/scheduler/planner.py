@@ -33,8 +33,6 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
 
 from services.scheduler.scores import WORTH, Prices
 from services.scheduler.shapes import GPU_MILLI, Machine, Shape
@@ -204,6 +202,10 @@ def master(
         rows += [i for i, _ in pattern.times] + [len(shares) + pattern.group]
         columns += [column] * (len(pattern.times) + 1)
         values += [-times for _, times in pattern.times] + [pattern.gpus]
+    # Where it is used: a scheduler that starts again needs no solver for half a minute.
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array
+
     shape = max(rows) + 1, max(columns) + 1
     bounds = [0.0] * len(shares) + [group.gpus / size for group in groups]
     goal = np.zeros(shape[1])

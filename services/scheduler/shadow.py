@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from scipy.optimize import linprog
 
 from services.scheduler.book import Book
 from services.scheduler.jobs import Ask
@@ -111,6 +110,8 @@ def solved(
         rows.append((("place" if line is mine else "places", ""), places_of(line.ask, at), takes))
     size = np.array([max(1, amount(line, unit)) for line, _ in columns], dtype=float)
     most = float(size.max())
+    from scipy.optimize import linprog  # as in planner.py
+
     result = linprog(
         -size / most, np.array([row for _, _, row in rows]), [has for _, has, _ in rows]
     )

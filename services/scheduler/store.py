@@ -26,6 +26,8 @@ from services.scheduler.stimuli import Stimulus, decode
 
 KEEP_EVERY = 2_000
 """Lines between two checkpoints: a restart reads so many again, in 0.2 s."""
+FOLLOWED_MAX = 1_000
+"""Lines that a standby reads at a time."""
 LOG_KEPT = 100_000
 """Lines kept behind the last checkpoint, for whoever wants to know what happened."""
 DIGESTED = ("project", "job", "attempt", "token", "node", "rank", "gpus")
@@ -43,6 +45,10 @@ JOBS = """
     select string_agg(state, ','::bytea order by number) from job
     group by number / 256 order by number / 256
 """
+BASE = """
+    select (select sequence from checkpoint) as base, (select max(sequence) from snapshot) as rested
+"""
+NEXT = "select * from log where sequence > %s order by sequence limit %s"
 CHECKPOINT = """
     insert into checkpoint (sequence, state) values (%s, %s)
     on conflict (single) do update set sequence = excluded.sequence, state = excluded.state
@@ -89,6 +95,10 @@ MIGRATIONS = (
 
 class Overtaken(ConnectionError):
     """Another scheduler wrote the next line of the log; ours has to be read again."""
+
+
+class Unknown(RuntimeError):
+    """What was read before is not what the log goes on from."""
 
 
 class Diverged(RuntimeError):
@@ -149,6 +159,25 @@ class Store:
             return await asyncio.to_thread(rebuilt, state, lines)
         finally:
             gc.enable()
+
+    async def follow(self, scheduler: Scheduler, base: int | None) -> int | None:
+        """Reads on from where `scheduler` is; the last checkpoint was at `base`. Returns where it
+        is now. Raises `Diverged`, and `Unknown` where more is new than the log's next lines."""
+        while True:
+            async with self.db.transaction() as tx:
+                await tx.execute("set transaction isolation level repeatable read")
+                row = await tx.one(BASE)
+                lines = await tx.all(NEXT, (scheduler.sequence, FOLLOWED_MAX))
+            assert row is not None
+            now: int | None = row["base"]
+            rested: int = row["rested"] or 0
+            if (now is None and base is not None) or rested > (now or 0):
+                raise Unknown(f"an earlier release came to rest at line {rested}")
+            if lines and lines[0]["sequence"] != scheduler.sequence + 1:
+                raise Unknown(f"the log goes on at line {lines[0]['sequence']}")
+            await asyncio.to_thread(replay_all, scheduler, lines)
+            if len(lines) < FOLLOWED_MAX:
+                return now
 
     async def last(self, tx: Transaction) -> tuple[list[bytes], int]:
         """The last checkpoint, or where an older release came to rest: its state, the jobs if
@@ -229,15 +258,19 @@ def rebuilt(states: list[bytes], lines: list[DictRow]) -> Scheduler:
         scheduler = restore(state)
         if len(states) == 1:
             scheduler.touched.update(scheduler.jobs)
+    replay_all(scheduler, lines)
+    return scheduler
+
+
+def replay_all(scheduler: Scheduler, lines: list[DictRow]) -> None:
     for line in lines:
         replay(scheduler, line)
-    return scheduler
 
 
 def replay(scheduler: Scheduler, line: DictRow) -> None:
     decided = scheduler.handle(decode(line["name"], line["stimulus"]), line["at"])
-    known = line["decided"] in (digest(decided), whole_digest(decided))
-    if scheduler.sequence != line["sequence"] or not known:
+    is_same = line["decided"] == digest(decided) or line["decided"] == whole_digest(decided)
+    if scheduler.sequence != line["sequence"] or not is_same:
         problem = f"at line {line['sequence']} ({line['name']}) it decides {decided}"
         raise Diverged(f"the replay differs from the log: {problem}")
 
