@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -63,7 +63,10 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Engine(Protocol):
-    """What runs workers. Every call raises `OSError` while the engine is away."""
+    """What runs workers, a share of an attempt at a time: some engines place it as a whole.
+
+    Every call raises `OSError` while the engine is away.
+    """
 
     kind: str
 
@@ -73,16 +76,16 @@ class Engine(Protocol):
         """Of all this node's workers, running or ended, that were not removed."""
         ...
 
-    async def start(self, worker: Worker, spec: Spec) -> None:
-        """Also when it was started already: then nothing happens. Raises `Unusable`."""
+    async def start(self, share: Sequence[Worker], spec: Spec) -> None:
+        """All that an attempt has here; those that were started already stay. Raises `Unusable`."""
         ...
 
-    async def stop(self, worker: Worker) -> None:
-        """SIGTERM, and SIGKILL after the grace of its spec. Asked for until it has ended."""
+    async def stop(self, share: Sequence[Worker]) -> None:
+        """SIGTERM, and SIGKILL after the grace of its spec. Asked for until they have ended."""
         ...
 
-    async def remove(self, worker: Worker) -> None:
-        """Everything the engine keeps of one that has ended."""
+    async def remove(self, share: Sequence[Worker]) -> None:
+        """Everything the engine keeps of those that have ended."""
         ...
 
 
@@ -219,9 +222,7 @@ class Agent:
             return
         workers = workers_of(placed, place)
         try:
-            spec = spec_of(placed)
-            for worker in workers:
-                await self.engine.start(worker, spec)
+            await self.engine.start(workers, spec_of(placed))
         except Unusable as error:
             await self.end(key, workers[0], failed_of(workers[0], str(error), error.retryable))
         self.wanted.pop(key, None)
@@ -245,11 +246,12 @@ class Agent:
             await self.end(key, first, verdict)
 
     async def clear(self, share: list[Seen]) -> None:
-        for one in share:
-            if one.running:
-                await self.engine.stop(one.worker)
-            else:
-                await self.engine.remove(one.worker)
+        running = [one.worker for one in share if one.running]
+        ended = [one.worker for one in share if not one.running]
+        if running:
+            await self.engine.stop(running)
+        if ended:
+            await self.engine.remove(ended)
 
     async def end(
         self, key: str, worker: Worker, verdict: AttemptSucceeded | AttemptFailed

@@ -9,6 +9,7 @@ handle. The engine is the one that Docker's own variables (`DOCKER_HOST`, ...) n
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from http import HTTPStatus
 from time import monotonic
 from typing import Any
@@ -61,16 +62,19 @@ class DockerEngine:
     async def workers(self) -> list[Seen]:
         return await asyncio.to_thread(self.look)
 
-    async def start(self, worker: Worker, spec: Spec) -> None:
+    async def start(self, share: Sequence[Worker], spec: Spec) -> None:
         if not spec.image:
             raise Unusable("spec.image: empty, and this node runs containers only")
-        await asyncio.to_thread(self.launch, worker, spec)
+        for worker in share:
+            await asyncio.to_thread(self.launch, worker, spec)
 
-    async def stop(self, worker: Worker) -> None:
-        await asyncio.to_thread(self.end, worker)
+    async def stop(self, share: Sequence[Worker]) -> None:
+        for worker in share:
+            await asyncio.to_thread(self.end, worker)
 
-    async def remove(self, worker: Worker) -> None:
-        await asyncio.to_thread(self.clear, worker)
+    async def remove(self, share: Sequence[Worker]) -> None:
+        for worker in share:
+            await asyncio.to_thread(self.clear, worker)
 
     # --- in a thread, each
 

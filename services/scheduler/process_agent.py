@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -51,21 +51,19 @@ class ProcessEngine:
     async def workers(self) -> list[Seen]:
         return await asyncio.to_thread(self.look)
 
-    async def start(self, worker: Worker, spec: Spec) -> None:
+    async def start(self, share: Sequence[Worker], spec: Spec) -> None:
         if spec.image:
             raise Unusable(f"spec.image: {spec.image!r}, and this node runs no containers")
-        await asyncio.to_thread(self.launch, worker, spec)
+        for worker in share:
+            await asyncio.to_thread(self.launch, worker, spec)
 
-    async def stop(self, worker: Worker) -> None:
-        """The process id is the shim's for as long as its lock is held."""
-        with taking(self.folder / worker.name) as free:
-            if not free:
-                with contextlib.suppress(FileNotFoundError):  # not written yet: asked again
-                    pid = int((self.folder / worker.name / "pid").read_text())
-                    os.kill(pid, signal.SIGTERM)
+    async def stop(self, share: Sequence[Worker]) -> None:
+        for worker in share:
+            end(self.folder / worker.name, signal.SIGTERM)
 
-    async def remove(self, worker: Worker) -> None:
-        await asyncio.to_thread(self.clear, worker)
+    async def remove(self, share: Sequence[Worker]) -> None:
+        for worker in share:
+            await asyncio.to_thread(self.clear, worker)
 
     def clear(self, worker: Worker) -> None:
         """Gone at once: who looks meanwhile sees no half of it."""
@@ -134,6 +132,14 @@ def read(folder: Path) -> Seen:
             return Seen(worker, running=False, problem=GONE, lost=True, tail=tail)
         ended = json.loads((folder / "exit.json").read_text())
         return Seen(worker, False, ended["code"], ended["problem"], tail=tail)
+
+
+def end(folder: Path, number: signal.Signals) -> None:
+    """The process id is the shim's for as long as its lock is held."""
+    with taking(folder) as free:
+        if not free:
+            with contextlib.suppress(FileNotFoundError):  # not written yet: asked again
+                os.kill(int((folder / "pid").read_text()), number)
 
 
 def tail_of(path: Path) -> str:

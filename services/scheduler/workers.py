@@ -73,7 +73,8 @@ class Worker(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """Of the attempt; safe as a file's name, and no other platform's: tokens repeat there."""
+        """Of the attempt's share on this node; safe as a file's name. No other platform's, where
+        tokens repeat, and no other node's: two may share an engine."""
         return key_of(self)
 
     @property
@@ -185,5 +186,5 @@ def identity_of(one: Worker) -> dict[str, Any]:
 
 
 def key_of(one: Worker | AttemptPlaced | AttemptStopped) -> str:
-    said = msgspec.json.encode([one.project, one.job, one.attempt, one.token])
+    said = msgspec.json.encode([one.project, one.job, one.attempt, one.token, one.node])
     return hashlib.sha256(said).hexdigest()[:32]

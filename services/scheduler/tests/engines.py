@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import secrets
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from services.scheduler.stimuli import Heartbeat
 from stack.testing import eventually
 
 PATIENCE_S = 60.0
+REAPER = Path(__file__).with_name("reaper.py")
 NODE = "node-of-the-test"
 IMAGE = "python:3.11-slim-bookworm"
 OFFER = Offer(Resources(4000, 4096, 1000, 2), "G1")
@@ -120,8 +122,22 @@ def stopped_of(placed: AttemptPlaced) -> AttemptStopped:
     )
 
 
-def processes(folder: Path) -> Desk:
-    return Desk(folder, "command", lambda where: ProcessEngine(where, OFFER))
+@contextlib.contextmanager
+def processes(folder: Path) -> Iterator[Desk]:
+    with reaped(folder):
+        yield Desk(folder, "command", lambda where: ProcessEngine(where, OFFER))
+
+
+@contextlib.contextmanager
+def reaped(folder: Path) -> Iterator[None]:
+    """No command of the folder's outlives the block, also where whoever runs it is killed."""
+    command = [sys.executable, "-I", "-S", str(REAPER), str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reaper:
+        assert reaper.stdin is not None
+        try:
+            yield
+        finally:
+            reaper.stdin.close()
 
 
 @contextlib.asynccontextmanager

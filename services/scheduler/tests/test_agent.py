@@ -8,7 +8,7 @@ each thing under one id.
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,9 @@ FOREVER = "import signal\nwhile True: signal.pause()\n"
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return processes(tmp_path)
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    with processes(tmp_path) as one:
+        yield one
 
 
 def note(path: Path) -> str:
@@ -199,12 +200,12 @@ async def test_a_share_that_was_started_in_part_is_given_back(desk: Desk) -> Non
     half = (await first.engine.workers())[0].worker
 
     async def has_ended() -> bool:
-        await first.engine.stop(half)
+        await first.engine.stop([half])
         seen = {one.worker: one.running for one in await first.engine.workers()}
         return not seen[half]
 
     await eventually(has_ended)
-    await first.engine.remove(half)
+    await first.engine.remove([half])
     async with desk.agent() as second:
         ended = await desk.ended("one")
         await desk.empty(second)
@@ -226,6 +227,17 @@ async def test_a_worker_whose_supervisor_was_killed_is_lost_and_its_command_ends
         await desk.empty(agent)
     assert ended.retryable
     await eventually(lambda: is_over(pid))
+
+
+async def test_a_command_ends_with_the_test_that_started_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid-of-command"
+    code = f"import os; open({str(pid)!r}, 'w').write(str(os.getpid()))\n" + FOREVER
+    with processes(tmp_path) as desk:
+        async with desk.agent():
+            await desk.say(desk.placed("one", code))
+            started = int(await eventually(lambda: pid.exists() and pid.read_text()))
+        assert not is_over(started)
+    await eventually(lambda: is_over(started))
 
 
 def is_over(pid: int) -> bool:
@@ -283,6 +295,15 @@ def test_an_end_without_its_fault_is_tried_again_and_the_users_is_not() -> None:
     retried = {n for n, v in verdicts.items() if isinstance(v, AttemptFailed) and v.retryable}
     assert retried == {"signal", "machine"}
     assert verdict_of([Seen(worker, True)]) is None
+
+
+def test_two_nodes_of_one_engine_have_no_name_in_common() -> None:
+    """A gang has the same attempt and token on all its nodes."""
+    names = {
+        Worker("default", "one", 1, 1, node, rank=0, local=0, here=1, world=2).name
+        for node in ("a", "b")
+    }
+    assert len(names) == 2
 
 
 def test_an_attempt_of_an_older_scheduler_has_no_limits() -> None:

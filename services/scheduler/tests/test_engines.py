@@ -21,7 +21,8 @@ ENGINES = ("processes", pytest.param("containers", marks=pytest.mark.compose))
 @pytest_asyncio.fixture(params=ENGINES)
 async def desk(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Desk]:
     if request.param == "processes":
-        yield processes(tmp_path)
+        with processes(tmp_path) as opened:
+            yield opened
         return
     try:
         async with containers(tmp_path) as opened:
@@ -118,7 +119,7 @@ async def test_what_runs_and_what_ended_is_found_by_the_next_agent(desk: Desk) -
 
     async def has_ended() -> bool:
         (one,) = [one for one in await engine.workers() if one.worker.job == "ends"]
-        await engine.stop(one.worker)
+        await engine.stop([one.worker])
         return not one.running
 
     await eventually(has_ended, PATIENCE_S)
@@ -131,11 +132,11 @@ async def test_what_runs_and_what_ended_is_found_by_the_next_agent(desk: Desk) -
 
 async def test_what_is_started_twice_runs_once(desk: Desk) -> None:
     placed = desk.placed("one", FOREVER)
-    (worker,) = workers_of(placed, "")
+    share = workers_of(placed, "")
     async with desk.agent() as agent:
         for _ in range(2):
-            await agent.engine.start(worker, spec_of(placed))
-        assert [one.worker for one in await agent.engine.workers()] == [worker]
+            await agent.engine.start(share, spec_of(placed))
+        assert [one.worker for one in await agent.engine.workers()] == share
         await desk.say(stopped_of(placed))
         await desk.empty(agent)
 
