@@ -13,11 +13,12 @@ import tempfile
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, process_time
 from typing import Any
 
 import grpc
 import httpx
+import psutil
 import psycopg
 import uvloop
 
@@ -50,6 +51,7 @@ class World:
     folder: Path
     nats: str
     dsn: str
+    bus: Server
     postgres: Server
     connection: psycopg.AsyncConnection[Any]
 
@@ -79,6 +81,12 @@ class World:
         )
         return Server(program, self.folder / f"scheduler-{rpc}.log")
 
+    def used(self, scheduler: Server) -> dict[str, float]:
+        """Seconds of CPU so far; the nodes that speak are in the client's."""
+        programs = {"the scheduler": scheduler, "Postgres": self.postgres, "NATS": self.bus}
+        used = {name: cpu_of(one) for name, one in programs.items()}
+        return {**used, "the client": process_time()}
+
     async def one(self, query: str, *parameters: Any) -> Any:
         row = await (await self.connection.execute(query.encode(), parameters)).fetchone()
         assert row is not None
@@ -90,6 +98,12 @@ class World:
         while not await self.one(query, *parameters):
             assert monotonic() < deadline, query
             await asyncio.sleep(LOOK_S)
+
+
+def cpu_of(server: Server) -> float:
+    assert server.running is not None
+    root = psutil.Process(server.running.pid)
+    return sum(sum(one.cpu_times()[:4]) for one in (root, *root.children(recursive=True)))
 
 
 @contextlib.asynccontextmanager
@@ -108,7 +122,7 @@ async def world() -> AsyncIterator[World]:
                 dsn, autocommit=True, options="-c search_path=scheduler"
             )
             connection = await stack.enter_async_context(await connecting)
-            yield World(folder, servers.nats_url(nats), dsn, db, connection)
+            yield World(folder, servers.nats_url(nats), dsn, bus, db, connection)
 
 
 @contextlib.asynccontextmanager
@@ -175,6 +189,7 @@ async def echo(count: int) -> float:
 async def copied(world: World, count: int, lines: int) -> float:
     """Jobs/s of a bare COPY of as many log lines and outbox rows, `lines` a transaction."""
     log = (0.0, "JobSubmitted", b"x" * 300, "d" * 64)
+    types = ("int8", "float8", "text", "bytea", "text"), ("text", "text", "bytea", "text")
     out = ("events.p.attempt.placed", b"x" * 550, "")
     connection = world.connection
     await connection.execute("create table floor_log (like log including all)")
@@ -185,32 +200,48 @@ async def copied(world: World, count: int, lines: int) -> float:
     began = perf_counter()
     for at in range(0, count, lines):
         async with connection.transaction(), connection.cursor() as cursor:
-            async with cursor.copy("copy floor_log from stdin") as copy:
+            async with cursor.copy("copy floor_log from stdin (format binary)") as copy:
+                copy.set_types(types[0])
                 for number in range(at, at + lines):
                     await copy.write_row((number, *log))
-            columns = b"copy floor_out (event, subject, payload, place) from stdin"
+            columns = b"copy floor_out (event, subject, payload, place) from stdin (format binary)"
             async with cursor.copy(columns) as copy:
+                copy.set_types(types[1])
                 for number in range(at, at + lines):
                     await copy.write_row((f"{number:036}", *out))
     return count / (perf_counter() - began)
 
 
-async def throughput(world: World, stub: SchedulerStub) -> list[Row]:
+async def throughput(world: World, scheduler: Server, stub: SchedulerStub) -> list[Row]:
     await world.until("select count(*) >= %s from log where name = 'Heartbeat'", NODES)
     single = await submit(stub, ONE_AT_A_TIME, 1, "one")
+    before, waited = world.used(scheduler), await world.one("select count(*) from outbox")
     many = await submit(stub, TOGETHER, BATCH, "many")
+    used = {name: cpu - before[name] for name, cpu in world.used(scheduler).items()}
     logged = await world.one("select max(sequence) from log")
     assert logged >= ONE_AT_A_TIME + TOGETHER + NODES, logged
     left, began = await world.one("select count(*) from outbox"), perf_counter()
+    meanwhile = (waited + TOGETHER - left) / TOGETHER * many
     await world.until("select count(*) < %s from outbox", max(1, left - DRAINED))
     drained = min(left, DRAINED) / (perf_counter() - began)
-    floor = await copied(world, ONE_AT_A_TIME, 256)
+    floor = await copied(world, ONE_AT_A_TIME, BATCH)
     bare = await echo(ONE_AT_A_TIME)
+    all_of_it = sum(used.values())
     copy = "the same rows by COPY"
     return [
         row(f"durable jobs/s, SubmitJobs of {BATCH}, {NODES:,} nodes", many, floor, copy),
         row(f"durable jobs/s, SubmitJob, {IN_FLIGHT} under way", single, bare, "an empty echo"),
-        row("events/s from the outbox to the bus", drained, floor, copy),
+        row("events/s from the outbox meanwhile", meanwhile, many, "jobs/s"),
+        row("events/s from the outbox afterwards", drained, floor, copy),
+        *(
+            row(
+                f"us of CPU a job, {name}",
+                1e6 * cpu / TOGETHER,
+                1e6 * all_of_it / TOGETHER,
+                "of all",
+            )
+            for name, cpu in used.items()
+        ),
     ]
 
 
@@ -238,7 +269,7 @@ async def measure() -> list[Row]:
     async with world() as one, Fleet(one.nats, NODES, CPU_MILLI) as fleet:
         first, second, third = (one.scheduler() for _ in range(3))
         async with running(first) as stub:
-            found = await throughput(one, stub)
+            found = await throughput(one, first, stub)
             moved = await elsewhere(stub, fleet)
             async with running(second) as standby:
                 began = perf_counter()

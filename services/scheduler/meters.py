@@ -3,6 +3,7 @@
 Only the scheduler that leads tells about nodes and jobs; a standby tells that it does not lead.
 """
 
+import functools
 from collections import Counter as Tally
 from collections.abc import Iterable
 
@@ -36,6 +37,7 @@ OLDEST = Gauge(
 WAIT = Histogram(
     "leptonic_scheduler_wait_seconds", "From asked for to placed", ["kind"], buckets=WAITS_S
 )
+histogram = functools.cache(WAIT.labels)
 OF_A_LEADER = (NODES, NODE_HEALTHY, CORES, CORES_TAKEN, MEMORY, MEMORY_TAKEN, JOBS, OLDEST)
 
 
@@ -80,4 +82,4 @@ def show_nodes(scheduler: Scheduler) -> None:
 def count(waits: Iterable[tuple[str, float]]) -> None:
     """(kind, seconds) of what was placed and is committed."""
     for kind, waited in waits:
-        WAIT.labels(kind).observe(waited)
+        histogram(kind).observe(waited)

@@ -53,10 +53,11 @@ class Doors(SchedulerServicer):
         self,
         answer: Callable[[Scheduler], T],
         wish: Callable[[Scheduler], Iterable[Stimulus]] = lambda _: (),
+        size: int = 1,
     ) -> T:
         """What passes by itself is answered with UNAVAILABLE."""
         try:
-            return await self.context.writer.ask(wish, answer)
+            return await self.context.writer.ask(wish, answer, size=size)
         except TRANSIENT as error:
             raise Unavailable(f"try again: {error}") from error
 
@@ -85,6 +86,7 @@ class Doors(SchedulerServicer):
         return await self.ask(
             lambda scheduler: [state_of(scheduler, one) for one in part],
             lambda scheduler: unknown(scheduler, part),
+            len(part),
         )
 
     async def CancelJob(self, request: CancelJobRequest, _: Any) -> Job:

@@ -31,7 +31,8 @@ FOLLOWED_MAX = 1_000
 LOG_KEPT = 100_000
 """Lines kept behind the last checkpoint, for whoever wants to know what happened."""
 DIGESTED = ("project", "job", "attempt", "token", "node", "rank", "gpus")
-APPEND = b"copy log (sequence, at, name, stimulus, decided) from stdin"
+APPEND = b"copy log (sequence, at, name, stimulus, decided) from stdin (format binary)"
+APPENDED = ("int8", "float8", "text", "bytea", "text")
 REMEMBER = """
     insert into job (project, job, number, state)
     select * from unnest(%s::text[], %s::text[], %s::bigint[], %s::bytea[])
@@ -205,6 +206,7 @@ class Store:
         """What was handled. Raises `Overtaken`."""
         try:
             async with tx.connection.cursor() as cursor, cursor.copy(APPEND) as copy:
+                copy.set_types(APPENDED)
                 for line in lines:
                     await copy.write_row(line)
         except psycopg.errors.UniqueViolation as error:

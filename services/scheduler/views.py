@@ -23,24 +23,24 @@ from services.scheduler.stimuli import QueueSpec
 JSON_INTEGER_MAX = 1 << 53
 """`Struct` carries every number as a double; whole ones up to here are integers again."""
 TOPOLOGIES = ("node", "any")
+DEFAULT = JobRequested(project="", job="", kind="")
 
 
 def request_of(message: proto.SubmitJobRequest) -> JobRequested:
     """What was left out is as in `JobRequested`. Raises `Invalid`."""
     if message.topology and message.topology not in TOPOLOGIES:
         raise Invalid(f"one of {', '.join(TOPOLOGIES)}, got {message.topology[:80]!r}", "topology")
-    default = JobRequested(project="", job="", kind="")
     given = message.resources
     amounts = Amounts(given.cpu_milli, given.memory_mib, given.gpu_milli, given.gpus or 1)
     return JobRequested(
         project=message.project,
         job=message.job,
         kind=message.kind,
-        queue=message.queue or default.queue,
+        queue=message.queue or DEFAULT.queue,
         priority=message.priority,
-        workers=message.workers or default.workers,
-        resources=amounts if message.HasField("resources") else default.resources,
-        attempts_max=message.attempts_max or default.attempts_max,
+        workers=message.workers or DEFAULT.workers,
+        resources=amounts if message.HasField("resources") else DEFAULT.resources,
+        attempts_max=message.attempts_max or DEFAULT.attempts_max,
         spec=integral(json_format.MessageToDict(message.spec)) if message.HasField("spec") else {},
         gpu_models=list(message.gpu_models),
         labels=dict(message.labels),

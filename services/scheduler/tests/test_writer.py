@@ -186,6 +186,28 @@ async def test_what_waits_is_bounded(db: Database, monkeypatch: pytest.MonkeyPat
         await first
 
 
+async def test_a_transaction_has_no_more_than_is_handled_at_once(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for more than that is alone; nobody waits while there is enough."""
+    monkeypatch.setattr("services.scheduler.writer.BATCH_MAX", 10)
+    writer = Writer(Store(db), BusExecutor())
+    sizes = [6, 4, 1, 20, 9, 2]
+    wishes = [[job(f"j{size}-{number}") for number in range(size)] for size in sizes]
+    asked = [
+        asyncio.create_task(writer.ask(lambda _, wish=wish: wish, lambda _: None, size=len(wish)))
+        for wish in wishes
+    ]
+    await asyncio.sleep(0)
+    assert writer.weight == sum(sizes)
+    async with led(writer):
+        await asyncio.gather(*asked)
+    assert writer.weight == 0
+    async with db.transaction() as tx:
+        rows = await tx.all("select count(*) as lines from log group by xmin order by 1")
+    assert [row["lines"] for row in rows] == [1, 2, 9, 10, 20]
+
+
 async def test_heartbeats_without_news_are_not_logged(db: Database) -> None:
     async with leading(db) as writer:
         for _ in range(3):
