@@ -1,7 +1,9 @@
 """Pods in openb's columns on a cluster: one by one, in the file's order, none leaves.
 
-The door of `python -m services.scheduler.replay --pods`. What decides is what the service decides
-with: its pool, its policies, and plans made of the shapes that arrived so far.
+The door of `python -m services.scheduler.replay --pods`. What decides is the service's own state
+machine under a virtual clock: nodes are heartbeats, a pod is a job, plans are made by the service's
+planning of the shapes that arrived so far and reach it as stimuli. A pod that fits nowhere would
+wait in the service; by the protocol (FGD, ATC'23) there is no second try, so it is cancelled.
 """
 
 import csv
@@ -10,11 +12,20 @@ from pathlib import Path
 
 import msgspec
 
-from services.scheduler import planner, pool
+from libs.contracts.events import (
+    AttemptPlaced,
+    AttemptStarted,
+    Event,
+    JobCancelled,
+    JobRequested,
+    Resources,
+)
+from services.scheduler import planner, planning, pool
+from services.scheduler.domain import Scheduler
 from services.scheduler.shapes import GPU_MILLI, GPUS_MAX, Machine, Shape, Spot
-from services.scheduler.stimuli import AMOUNT_MAX
+from services.scheduler.simulator import KIND, PROJECT, heartbeat_of
+from services.scheduler.stimuli import AMOUNT_MAX, JobSubmitted, Planned, Stimulus
 from services.scheduler.traces import BadTrace, Row, rows_of
-from services.scheduler.typical import Typical
 
 POD_COLUMNS = ("name", "cpu_milli", "memory_mib", "num_gpu", "gpu_milli")
 """Needed; `gpu_spec`, models divided by |, is read where there is one."""
@@ -51,40 +62,66 @@ def shape_of(row: Row) -> Shape:
 
 
 class Replay:
-    """A cluster, and a policy that fills it."""
+    """A cluster, and the scheduler that fills it."""
 
     def __init__(
         self, machines: Sequence[Machine], policy: str = "priced", known: Known = (), seed: int = 0
     ) -> None:
-        """`known` is what will come, where the policy is told; else it learns from arrivals."""
-        self.machines = machines
-        self.pool = pool.make(policy, seed)
-        for machine in machines:
-            self.pool.join(machine)
-            self.pool.open(machine.node, True)
-        self.typical = Typical()
-        self.learns = not known and policy in ("fgd", "priced")
-        if known:
-            self.inform(policy, known)
-        self.policy = policy
+        """`known` is what will come, where the policy is told; else `priced` learns."""
+        self.scheduler = Scheduler()
+        self.now = 0.0
+        self.pods = 0
+        self.plans = policy == "priced" and not known
+        if policy != "priced":
+            self.scheduler.pool = pool.make(policy, seed)
+            self.scheduler.pool.learn(known)
+        for machine in sorted(machines, key=lambda machine: machine.node):
+            self.tell(heartbeat_of(machine))
+        if policy == "priced" and known:
+            self.tell(Planned(planner.plan(machines, known).prices))
 
-    def inform(self, policy: str, typical: Known) -> None:
-        if policy == "priced":
-            self.pool.price(planner.plan(self.machines, typical).prices)
-        else:
-            self.pool.learn(typical)
+    def tell(self, stimulus: Stimulus) -> list[Event]:
+        return self.scheduler.handle(stimulus, self.now)
 
     def place(self, shape: Shape) -> Spot | None:
         """Where it is now; None where it fits nowhere."""
-        if self.learns:
-            self.typical.note(shape)
-            if self.typical.is_due:
-                self.inform(self.policy, self.typical.shapes())
-                self.typical.planned()
-        spot = self.pool.find(shape)
-        if spot is not None:
-            self.pool.take(shape, spot)
+        self.now += planning.LOOK_S
+        self.pods += 1
+        said = self.tell(JobSubmitted(request_of(f"pod-{self.pods}", shape)))
+        spot = self.started(said)
+        if spot is None:
+            self.tell(JobCancelled(project=PROJECT, job=f"pod-{self.pods}"))
+        if self.plans:
+            self.plan()
         return spot
+
+    def started(self, said: Sequence[Event]) -> Spot | None:
+        """By its node, at once."""
+        for event in said:
+            assert isinstance(event, AttemptPlaced), event
+            fields = {name: getattr(event, name) for name in AttemptStarted.__struct_fields__}
+            self.tell(AttemptStarted(**fields))
+            return Spot(event.node, tuple(event.gpus[0]) if event.gpus else ())
+        return None
+
+    def plan(self) -> None:
+        """Pods come as far apart as the planner looks: it looks once after each."""
+        given = planning.wanted(self.scheduler)
+        if given is not None:
+            for planned in planning.planned(planner.plan(*given), self.scheduler):
+                self.tell(planned)
+
+
+def request_of(name: str, shape: Shape) -> JobRequested:
+    return JobRequested(
+        project=PROJECT,
+        job=name,
+        kind=KIND,
+        resources=Resources(
+            shape.cpu_milli, shape.memory_mib, shape.gpu_milli, gpus=max(1, shape.gpus)
+        ),
+        gpu_models=list(shape.gpu_models),
+    )
 
 
 def replay(machines: Sequence[Machine], pods: Iterable[Pod]) -> list[tuple[str, Spot | None]]:

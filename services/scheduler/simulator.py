@@ -200,19 +200,26 @@ class Simulator:
         self.courses[job].left_s -= max(0.0, worked)
 
     def heartbeat(self, node: str) -> Heartbeat:
-        machine = self.machines[node]
-        capacity = Resources(
-            cpu_milli=machine.cpu_milli,
-            memory_mib=machine.memory_mib,
-            gpu_milli=GPU_MILLI if machine.gpus else 0,
-            gpus=max(1, machine.gpus),
-        )
-        running = list(self.running[node].values())
-        labels = dict(machine.labels)
-        kinds = list(machine.kinds or (KIND,))
-        return Heartbeat(
-            node, 1, kinds, capacity, running, gpu_model=machine.gpu_model, labels=labels
-        )
+        return heartbeat_of(self.machines[node], self.running[node].values())
+
+
+def heartbeat_of(machine: Machine, running: Iterable[Running] = ()) -> Heartbeat:
+    """What a node like that says of itself."""
+    capacity = Resources(
+        cpu_milli=machine.cpu_milli,
+        memory_mib=machine.memory_mib,
+        gpu_milli=GPU_MILLI if machine.gpus else 0,
+        gpus=max(1, machine.gpus),
+    )
+    return Heartbeat(
+        machine.node,
+        1,
+        list(machine.kinds or (KIND,)),
+        capacity,
+        list(running),
+        gpu_model=machine.gpu_model,
+        labels=dict(machine.labels),
+    )
 
 
 def unfinished(courses: Iterable[Course]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Proves that openb's files are read strictly, that pods are placed in the order of the file, only
-where they fit and whenever they fit anywhere, and that learned prices pack more than best fit."""
+where they fit and whenever they fit anywhere, that it is the service's state machine that places
+them, and that learned prices pack more than best fit."""
 
 import csv
 import random
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from services.scheduler.openb import Pod, Replay, pods_of, replay, write
+from services.scheduler.scores import Prices
 from services.scheduler.shapes import Free, Machine, Shape, Spot, admits, capacity, room
+from services.scheduler.simulator import PROJECT
 from services.scheduler.traces import BadTrace, machines_of
 
 HEAD = "name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec,qos"
@@ -101,17 +104,32 @@ def test_what_is_decided_for_a_pod_does_not_depend_on_those_after_it() -> None:
     assert replay(MACHINES, pods[:50]) == replay(MACHINES, pods)[:50]
 
 
-def allocated(policy: str, seed: int, learns: bool = False) -> int:
+def allocated(policy: str, seed: int, plans: bool = False) -> int:
     run = Replay(MACHINES, policy)
-    run.learns = learns
+    run.plans = plans
     placed = (pod.shape for pod in stream(seed, 120) if run.place(pod.shape) is not None)
     return sum(shape.gpus * shape.gpu_milli for shape in placed)
 
 
 def test_learning_from_arrivals_packs_more_than_knowing_nothing_and_than_best_fit() -> None:
-    learned = sum(allocated("priced", seed, learns=True) for seed in range(10))
-    assert learned > sum(allocated("priced", seed) for seed in range(10))
-    assert learned > sum(allocated("best_fit", seed) for seed in range(10))
+    learned = sum(allocated("priced", seed, plans=True) for seed in range(40))
+    assert learned > sum(allocated("priced", seed) for seed in range(40))
+    assert learned > sum(allocated("best_fit", seed) for seed in range(40))
+
+
+def test_what_places_them_is_the_scheduler_and_its_log() -> None:
+    """Every pod runs or is cancelled, plans came at their times, and the books are right."""
+    run, pods = Replay(MACHINES), stream(1, 120)
+    spots = [run.place(pod.shape) for pod in pods]
+    run.scheduler.validate()
+    jobs = [run.scheduler.jobs[PROJECT, f"pod-{i}"] for i in range(1, len(pods) + 1)]
+    assert [job.state for job in jobs] == ["running" if spot else "cancelled" for spot in spots]
+    assert [job.live.parts[0].spots[0] for job in jobs if job.placement] == [
+        spot for spot in spots if spot
+    ]
+    assert {"running", "cancelled"} <= {job.state for job in jobs}
+    assert run.scheduler.prices != Prices()
+    assert run.scheduler.typical.due_at == 128, "after 16, 32 and 64 arrivals"
 
 
 def test_decisions_are_written_in_order_and_empty_where_none_fits(tmp_path: Path) -> None:
