@@ -91,12 +91,12 @@ class Chooser(Book):
             return True
         if self.gives_way(job) and (short := line.shortest) is not None and short is not job:
             return self.try_to_place(short)
-        if self.place_on_lent_room(job):
+        if self.deployments and any(map(self.place_on_lent_room, elastic.claimants(line))):
             return True
         return line.name in self.lines.may_evict and self.evict_for(job)
 
     def place_on_lent_room(self, job: Job) -> bool:
-        if not self.deployments or self.gives_way(job):
+        if self.gives_way(job):
             return False
         for claim in self.claims(job):
             spots = elastic.make_room(self, claim)

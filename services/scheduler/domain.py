@@ -108,6 +108,11 @@ class Scheduler(Fleet):
         self.place_what_fits()
         self.evicted.clear()
         self.forget()
+        evicted = 0
+        while self.deployments and len(self.evicted) > evicted:  # room beside who evicted them
+            evicted = len(self.evicted)
+            elastic.settle(self)
+            self.place_what_fits()
         decided, self.decided = self.decided, []
         return decided
 

@@ -18,7 +18,8 @@ from libs.contracts.events import AttemptFailed, JobCancelled, JobRequested
 from services.scheduler import preempt
 from services.scheduler.book import Book, Cause, Claim
 from services.scheduler.deployments import Deployment
-from services.scheduler.jobs import CANCELLED, LIVE, TERMINAL, WAITING, Job, Key, ask_of
+from services.scheduler.jobs import CANCELLED, LIVE, RUNNING, TERMINAL, WAITING, Job, Key, ask_of
+from services.scheduler.lines import Line
 from services.scheduler.shapes import Spot
 from services.scheduler.stimuli import Deployed, Heartbeat, Scaled, Stimulus, Tick
 
@@ -67,9 +68,11 @@ def settle(book: Book) -> None:
     for deployment in book.deployments.values():
         replicas = present(book, deployment)
         deployment.lent = [key for key in deployment.lent if is_live(book, key)]
-        replicas = [job for job in replicas if not moved(book, deployment, job, replicas)]
-        for job in sorted(replicas, key=dispensable)[deployment.replicas :]:
+        replicas.sort(key=dispensable)
+        for job in replicas[deployment.replicas :]:
             end(book, job, f"{deployment.replicas} replicas are enough")
+        for job in replicas[: deployment.replicas]:
+            move(book, deployment, job, replicas)
         while len(present(book, deployment)) < deployment.replicas:
             if not add(book, deployment):
                 break
@@ -81,6 +84,18 @@ def present(book: Book, deployment: Deployment) -> list[Job]:
     return [job for job in found if job is not None and job.state not in TERMINAL]
 
 
+def counts(book: Book, deployment: Deployment) -> dict[str, int]:
+    """What is told of a deployment's replicas."""
+    replicas = present(book, deployment)
+    return {
+        "wanted": deployment.replicas,
+        "running": sum(job.state == RUNNING for job in replicas),
+        "waiting": sum(job.state == WAITING for job in replicas),
+        "spare": deployment.spare,
+        "lent": sum(is_live(book, key) for key in deployment.lent),
+    }
+
+
 def is_live(book: Book, key: Key) -> bool:
     return key in book.jobs and book.jobs[key].state in LIVE
 
@@ -90,21 +105,31 @@ def dispensable(job: Job) -> tuple[bool, int]:
     return job.state == WAITING, job.number
 
 
-def moved(book: Book, deployment: Deployment, job: Job, replicas: Sequence[Job]) -> bool:
+def move(book: Book, deployment: Deployment, job: Job, replicas: Sequence[Job]) -> None:
     """Ended, for it waits in vain and there is another place, or for any place where others are."""
     others = [one for one in replicas if one is not job and one.state not in TERMINAL]
     if job.placement is not None:
-        return False
-    if others and not where(job):
+        return
+    if not where(job) and (others or will_have_others(book, deployment)):
         end(book, job, "it goes where no other replica is")
-        return True
+        return
     if book.pool.find(job.ask.shape) is not None:
-        return False
+        return
     better = node_for(book, deployment, others)
-    if better is None or not has_room(book, deployment, better):
-        return False
-    end(book, job, f"node {better} has room for it")
-    return True
+    if better is None or not (
+        has_room(book, deployment, better) or may_get_back(book, deployment, better)
+    ):
+        return
+    if job.ask.shape == ask_of(request_of(deployment, "", better)).shape:
+        name = job.request.queue, job.ask
+        book.lines.open[name] = book.lines.of[name]  # what was lent there may be had now
+    else:
+        end(book, job, f"node {better} has room for it")
+
+
+def will_have_others(book: Book, deployment: Deployment) -> bool:
+    """In this very step."""
+    return deployment.replicas > 1 and node_for(book, deployment, []) is not None
 
 
 def where(job: Job) -> str:
@@ -160,7 +185,6 @@ def request_of(deployment: Deployment, name: str, node: str | None) -> JobReques
 def node_for(book: Book, deployment: Deployment, others: Sequence[Job]) -> str | None:
     """Where none of the others is: with room for it, else with room that it lent."""
     taken = {where(job) for job in others}
-    lent = {part.node for key in deployment.lent for part in book.jobs[key].live.parts}
     able = [
         name
         for name, node in book.nodes.items()
@@ -172,7 +196,9 @@ def node_for(book: Book, deployment: Deployment, others: Sequence[Job]) -> str |
 
     def worth(name: str) -> tuple[bool, bool, int]:
         free = book.pool.free(name)
-        return not has_room(book, deployment, name), name not in lent, -free.cpu_milli
+        if has_room(book, deployment, name):
+            return False, True, -free.cpu_milli
+        return True, not may_get_back(book, deployment, name), -free.cpu_milli
 
     return min(able, key=worth, default=None)
 
@@ -182,6 +208,30 @@ def has_room(book: Book, deployment: Deployment, node: str) -> bool:
 
 
 # --- lending
+
+
+def may_get_back(book: Book, deployment: Deployment, node: str) -> bool:
+    """Whether a replica has room there once those whom the deployment lent room have given way."""
+    lent = [job for job in lent_by(book, deployment) if node in job.live.nodes]
+    releases = [one for job in lent for one in job.releases()]
+    shape = ask_of(request_of(deployment, "", node)).shape
+    return bool(lent) and book.pool.try_without(releases, shape, 1, True) is not None
+
+
+def claimants(line: Line) -> list[Job]:
+    """Who may ask for lent room: the first; of replicas each, for every deployment lent other."""
+    if line.queue != REPLICA_QUEUE:
+        return [line.head]
+    return sorted(line.jobs(), key=lambda job: job.number)
+
+
+def lent_by(book: Book, deployment: Deployment) -> list[Job]:
+    """To whom, of those who may give way now, while fewer replicas are placed than are needed."""
+    placed = sum(job.state in LIVE for job in present(book, deployment))
+    if placed >= deployment.replicas - deployment.spare:
+        return []
+    lent = [book.jobs[key] for key in deployment.lent if is_live(book, key)]
+    return [job for job in lent if job.request.preemptible and is_older(book, job)]
 
 
 def make_room(book: Book, claim: Claim) -> list[Spot] | None:
@@ -202,8 +252,7 @@ def make_room(book: Book, claim: Claim) -> list[Spot] | None:
 def candidates(book: Book, job: Job) -> list[Job]:
     owner = deployment_of(book, job)
     if owner is not None:
-        lent = [book.jobs[key] for key in owner.lent if is_live(book, key)]
-        return [one for one in lent if one.request.preemptible and is_older(book, one)]
+        return lent_by(book, owner)
     found = []
     for deployment in book.deployments.values():
         if deployment.spare:
@@ -229,11 +278,15 @@ def give_way(book: Book, victim: Job, to: Job) -> None:
     owner = deployment_of(book, victim)
     reason = f"gives its room to {'/'.join(to.key)}"
     if owner is None:
+        lender = deployment_of(book, to)
+        assert lender is not None, to.key
+        lender.lent = [key for key in lender.lent if key != victim.key]
         book.evicted.add(victim.key)
         book.move(victim, WAITING, Cause(reason=reason, preempted=True))
         return
     needed = owner.replicas - owner.spare
     owner.replicas = len(present(book, owner)) - 1  # those that never had a node are given up too
     owner.spare = owner.replicas - needed
-    owner.lent = [*owner.lent, to.key]
+    owner.lent = [*(key for key in owner.lent if key != to.key), to.key]
     end(book, victim, reason)
+    owner.jobs = [job.request.job for job in present(book, owner)]

@@ -3,12 +3,15 @@
 It knows none of the scheduler's counters. After every stimulus it asserts: no CPU, memory or GPU is
 given twice; a gang is placed whole and taken back whole; a job is in one state and has one attempt
 at most, under a token that only grows; quotas hold whenever something is placed; victims are the
-fewest, and only for who is placed then. In small worlds (`conserving`) also: whatever waits fits
-nowhere, by trying everything.
+fewest, and only for who is placed then. Replicas are of one deployment each, apart, and no more
+than were decided; they give their room only while they are not needed, and get back only what they
+lent. In small worlds (`conserving`) also: whatever waits fits nowhere, by trying everything, and
+where replicas lack there is neither room for one nor any lent.
 """
 
-from dataclasses import dataclass, field
+import msgspec
 
+from libs.contracts.autoscaling import NODE_LABEL, REPLICA_KIND, first_replica
 from libs.contracts.events import (
     AttemptFailed,
     AttemptPlaced,
@@ -21,45 +24,41 @@ from libs.contracts.events import (
     JobRequested,
     JobSucceeded,
 )
-from services.scheduler.sheets import Sheet, gpus_of, milli_of
+from services.scheduler.allowances import Allowances
+from services.scheduler.sheets import (
+    Attempt,
+    Key,
+    Serving,
+    Sheet,
+    gpus_of,
+    milli_of,
+    serving_of,
+)
 from services.scheduler.stimuli import (
+    Deployed,
     Heartbeat,
     JobSubmitted,
     QueueApplied,
     QueueDeleted,
-    QueueSpec,
+    Scaled,
     Stimulus,
     Tick,
 )
 
-Key = tuple[str, str]
 WAITING, LIVE, SUCCEEDED, FAILED, CANCELLED = "waiting", "live", "succeeded", "failed", "cancelled"
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
-FOR, MOVED = "preempted for ", "moved for "
-NO_LIMIT = 1 << 62
+FOR, MOVED, GIVES = "preempted for ", "moved for ", "gives its room to "
+ENOUGH = "replicas are enough"
 
 
-@dataclass
-class Attempt:
-    key: Key
-    token: int
-    shares: dict[str, AttemptPlaced]
-    models: dict[str, str]
-    """GPU model of each node when it was placed."""
-    done: set[str] = field(default_factory=set)
-    started: set[str] = field(default_factory=set)
-
-
-class Ledger:
+class Ledger(Allowances):
     def __init__(self, *, conserving: bool = False) -> None:
+        super().__init__()
         self.conserving = conserving
         self.sheets: dict[str, Sheet] = {}
-        self.requests: dict[Key, JobRequested] = {}
         self.states: dict[Key, str] = {}
-        self.live: dict[Key, Attempt] = {}
         self.attempts: dict[Key, int] = {}
         self.preempted: dict[Key, int] = {}
-        self.specs: dict[str, QueueSpec] = {}
         self.token = 0
         self.owed: set[tuple[Key, int, str]] = set()
         """(job, token, node): whoever may still run a share of what was taken back is told."""
@@ -69,10 +68,16 @@ class Ledger:
         self.moved: set[Key] = set()
         """By the stimulus that is being handled."""
         self.touched: set[str] = set()
+        self.servings: dict[Key, Serving] = {}
+        self.replicas: dict[Key, Key] = {}
+        """Job -> deployment. One is known once it is placed; that it waits, nobody says."""
+        self.token_before = 0
+        """Of the last placement before the stimulus that is being handled."""
 
     def enter(self, stimulus: Stimulus, said: list[Event], now: float) -> None:
         """Asserts that this may be said on that."""
         self.now = now
+        self.token_before = self.token
         self.hear(stimulus)
         for event in said:
             self.read(event, said)
@@ -100,6 +105,13 @@ class Ledger:
                 self.specs[spec.queue] = spec
             case QueueDeleted(queue):
                 self.specs.pop(queue, None)
+            case Deployed():
+                serving = self.servings.setdefault(
+                    (stimulus.project, stimulus.model), serving_of(stimulus)
+                )
+                serving.deploy(stimulus)
+            case Scaled():
+                self.servings[stimulus.project, stimulus.model].scale(stimulus)
 
     def hear_cancelled(self, key: Key) -> None:
         if self.states.get(key) not in ENDED:
@@ -158,6 +170,7 @@ class Ledger:
         match event:
             case AttemptPlaced():
                 if event.token > self.token:
+                    self.meet(key, event)
                     same = [e for e in said if isinstance(e, AttemptPlaced)]
                     self.place(key, [e for e in same if e.token == event.token])
                 assert event == self.live[key].shares[event.node], event
@@ -179,6 +192,19 @@ class Ledger:
             case _:
                 raise AssertionError(f"nobody says {event}")
 
+    def meet(self, key: Key, placed: AttemptPlaced) -> None:
+        """A replica, which nobody asked for aloud."""
+        owner = placed.project, str(placed.spec.get("model"))
+        if placed.kind != REPLICA_KIND or owner not in self.servings:
+            return
+        if key not in self.requests:
+            self.states[key] = WAITING
+            replica = self.servings[owner].replica(placed.job)
+            self.requests[key] = msgspec.structs.replace(replica, resources=placed.resources)
+        elif key not in self.replicas and placed.job != first_replica(owner[1]):
+            return
+        assert self.replicas.setdefault(key, owner) == owner, (key, owner)
+
     def place(self, key: Key, events: list[AttemptPlaced]) -> None:
         request, first = self.requests[key], events[0]
         assert self.states[key] == WAITING, (key, self.states[key])
@@ -196,7 +222,12 @@ class Ledger:
         models = {event.node: self.sheets[event.node].last.gpu_model for event in events}
         attempt = Attempt(key, first.token, {event.node: event for event in events}, models)
         victims = self.victims.pop(key, [])
-        self.check_fewest(request, victims)
+        if key in self.replicas:
+            self.get_back(key, victims)
+            labels = request.labels | {NODE_LABEL: first.node}
+            self.check_fewest(msgspec.structs.replace(request, labels=labels), victims)
+        else:
+            self.check_fewest(request, victims)
         for event in events:
             assert self.sheets[event.node].suits(request), (event.node, request)
         by_model: dict[str, int] = {}
@@ -213,18 +244,47 @@ class Ledger:
     def withdraw(self, attempt: Attempt, reason: str) -> None:
         """The scheduler's own doing: for another job, or because a node shrank."""
         self.take_back(attempt)
-        if not reason.startswith((FOR, MOVED)):
+        if reason.endswith(ENOUGH) and attempt.key in self.replicas:
+            self.states[attempt.key] = CANCELLED
+        word = next((one for one in (FOR, MOVED, GIVES) if reason.startswith(one)), "")
+        if not word:
             return
-        project, _, job = reason.removeprefix(FOR).removeprefix(MOVED).partition("/")
-        request, head = self.requests[attempt.key], self.requests[project, job]
+        project, _, job = reason.removeprefix(word).partition("/")
+        self.victims.setdefault((project, job), []).append(attempt)
+        if word == GIVES and attempt.key in self.replicas:
+            self.lend(attempt.key, (project, job))
+            return
+        request = self.requests[attempt.key]
         assert request.preemptible, attempt.key
-        if reason.startswith(MOVED):
+        if word == MOVED:
             assert self.specs[request.queue].order == "attained", request
             self.moved.add(attempt.key)
-        else:
+        elif word == FOR:
+            head = self.requests[project, job]
             assert self.may_go(head, request), (head, request)
         self.preempted[attempt.key] = self.preempted.get(attempt.key, 0) + 1
-        self.victims.setdefault((project, job), []).append(attempt)
+
+    def lend(self, replica: Key, to: Key) -> None:
+        """It has ended, and others are enough."""
+        serving = self.servings[self.replicas[replica]]
+        left = len(self.served_on(self.replicas[replica]))
+        assert left >= serving.fewest, f"{replica} is needed: {left} of {serving.fewest} are left"
+        serving.lent.add(to)
+        self.states[replica] = CANCELLED
+
+    def get_back(self, replica: Key, victims: list[Attempt]) -> None:
+        """Only what its deployment lent, and only if it is needed."""
+        serving = self.servings[self.replicas[replica]]
+        placed = len(self.served_on(self.replicas[replica]))
+        assert not victims or placed < serving.needs, f"{replica} is spare: {placed} are placed"
+        for victim in victims:
+            assert victim.key in serving.lent, f"{victim.key} was lent nothing by {replica}"
+            serving.lent.discard(victim.key)
+
+    def served_on(self, owner: Key) -> list[str]:
+        """The nodes of its replicas that are placed."""
+        mine = (one for key, one in self.live.items() if self.replicas.get(key) == owner)
+        return [node for attempt in mine for node in attempt.shares]
 
     def take_back(self, attempt: Attempt, teller: str = "") -> None:
         del self.live[attempt.key]
@@ -261,15 +321,38 @@ class Ledger:
         for name in self.touched:
             self.sheets[name].check()
         self.touched.clear()
+        for owner, serving in self.servings.items():
+            serving.lent &= self.live.keys()
+            nodes = self.served_on(owner)
+            assert len(set(nodes)) == len(nodes), (owner, nodes)
+            assert len(nodes) <= serving.most, (owner, nodes, serving)
         if self.conserving:
             self.check_conserving()
 
     def check_conserving(self) -> None:
         if any(self.requests[key].duration_s for key in self.live):
             return  # a reservation may keep something free
+        for owner, serving in self.servings.items():
+            nodes = self.served_on(owner)
+            for node in self.sheets.keys() - nodes if len(nodes) < serving.fewest else ():
+                self.check_lacking(serving, serving.replica("", node))
         for key, state in self.states.items():
-            if state == WAITING:
+            if state == WAITING and key not in self.replicas:
                 assert not self.fits(self.requests[key]), f"{key} waits and fits"
+
+    def check_lacking(self, serving: Serving, replica: JobRequested) -> None:
+        """There is no room on its node, nor would there be with what was lent given back."""
+        assert not self.fits(replica), f"a replica lacks and fits: {replica}"
+        lent = [self.live[key] for key in serving.lent if self.requests[key].preemptible]
+        lent = [attempt for attempt in lent if attempt.token <= self.token_before]
+        for attempt in lent:
+            del self.live[attempt.key]
+            self.book(attempt, -1)
+        fits = self.fits(replica)
+        for attempt in lent:
+            self.live[attempt.key] = attempt
+            self.book(attempt, 1)
+        assert not fits, f"a replica lacks room that was lent: {replica}"
 
     def check_fewest(self, request: JobRequested, victims: list[Attempt]) -> None:
         """With any one of them back the job would not fit; so it would not with more of them."""
@@ -315,55 +398,3 @@ class Ledger:
         if other is None or not mine.cohort or mine.cohort != other.cohort:
             return False
         return mine.reclaim != "never"
-
-    # --- quotas
-
-    def beyond_quota(self, request: JobRequested, by_model: dict[str, int]) -> list[str]:
-        """The resources of which its queue would have too much with it."""
-        workers, each = request.workers, request.resources
-        gpu = gpus_of(request) * milli_of(request)
-        adds = {
-            "cpu_milli": workers * each.cpu_milli,
-            "memory_mib": workers * each.memory_mib,
-            "gpu_milli": workers * gpu,
-        } | {f"gpu_milli/{model}": count * gpu for model, count in by_model.items()}
-        return [name for name, more in adds.items() if self.excess(request.queue, name, more) > 0]
-
-    def used(self, queue: str, resource: str) -> int:
-        total = 0
-        for key, attempt in self.live.items():
-            request = self.requests[key]
-            if request.queue == queue:
-                kind, _, model = resource.partition("/")
-                gpu = gpus_of(request) * milli_of(request)
-                each = gpu if kind == "gpu_milli" else getattr(request.resources, kind)
-                shares = attempt.shares.values()
-                of_model = [s for s in shares if not model or attempt.models[s.node] == model]
-                total += each * sum(share.workers for share in of_model)
-        return total
-
-    def excess(self, queue: str, resource: str, more: int) -> int:
-        """By how much the queue, or the pot of its cohort, would be above its limit."""
-        spec = self.specs.get(queue)
-        if spec is None or resource not in spec.nominal or more == 0:
-            return 0
-        own = spec.nominal[resource]
-        after = self.used(queue, resource) + more
-        if not spec.cohort:
-            return after - own
-        pot = drawn = 0
-        for one in self.specs.values():
-            if one.cohort == spec.cohort and resource in one.nominal:
-                used = after if one.queue == queue else self.used(one.queue, resource)
-                lends = lent(one, resource)
-                pot += lends
-                drawn += max(0, used - (one.nominal[resource] - lends))
-        above = after - own - spec.borrowing_limit.get(resource, NO_LIMIT)
-        draws = after > own - lent(spec, resource)
-        return max(above, drawn - pot if draws else above)
-
-
-def lent(spec: QueueSpec, resource: str) -> int:
-    """What others of the cohort may have of it."""
-    own = spec.nominal[resource]
-    return min(own, spec.lending_limit.get(resource, own))

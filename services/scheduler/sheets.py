@@ -1,11 +1,19 @@
-"""A node in the ledger's own account (`ledger.py`)."""
+"""Nodes, attempts and deployments in the ledger's own account (`ledger.py`)."""
 
 from dataclasses import dataclass, field
 
-from libs.contracts.events import JobRequested
-from services.scheduler.stimuli import Heartbeat
+from libs.contracts.autoscaling import (
+    NODE_LABEL,
+    REPLICA_ATTEMPTS_MAX,
+    REPLICA_KIND,
+    REPLICA_PRIORITY,
+    REPLICA_QUEUE,
+)
+from libs.contracts.events import AttemptPlaced, JobRequested
+from services.scheduler.stimuli import Deployed, Heartbeat, Scaled
 
 WHOLE = 1000
+Key = tuple[str, str]
 
 
 @dataclass
@@ -69,3 +77,59 @@ def gpus_of(request: JobRequested) -> int:
 
 def milli_of(request: JobRequested) -> int:
     return min(WHOLE, request.resources.gpu_milli)
+
+
+@dataclass
+class Attempt:
+    key: Key
+    token: int
+    shares: dict[str, AttemptPlaced]
+    models: dict[str, str]
+    """GPU model of each node when it was placed."""
+    done: set[str] = field(default_factory=set)
+    started: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Serving:
+    """A deployment. Between `fewest` and `most` replicas are wanted: once room was lent only the
+    scheduler knows how many of those that had no node it gave up with it.
+    """
+
+    told: Deployed
+    fewest: int
+    most: int
+    needs: int
+    """At most so many of them are needed, the others are spare."""
+    lent: set[Key] = field(default_factory=set)
+    """Jobs that got the room of one of its replicas and still run."""
+
+    def deploy(self, told: Deployed) -> None:
+        least, most = told.wanted.min_replicas, told.wanted.max_replicas
+        self.told = told
+        self.fewest = min(max(self.fewest, least), most)
+        self.needs = self.most = min(max(self.most, least), most)
+
+    def scale(self, told: Scaled) -> None:
+        self.fewest = self.needs = told.replicas - told.spare
+        self.most = told.replicas
+
+    def replica(self, job: str, node: str = "") -> JobRequested:
+        """For that node; "" for any."""
+        return JobRequested(
+            project=self.told.project,
+            job=job,
+            kind=REPLICA_KIND,
+            queue=REPLICA_QUEUE,
+            priority=REPLICA_PRIORITY,
+            resources=self.told.resources,
+            attempts_max=REPLICA_ATTEMPTS_MAX,
+            spec={"model": self.told.model},
+            labels={NODE_LABEL: node} if node else {},
+            preemptible=False,
+        )
+
+
+def serving_of(told: Deployed) -> Serving:
+    first = max(1, told.wanted.min_replicas)
+    return Serving(told, first, first, first)

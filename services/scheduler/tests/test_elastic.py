@@ -334,6 +334,33 @@ def test_room_is_not_taken_from_those_who_were_lent_nothing() -> None:
     assert world.replicas == {"serve-digits": ""}
 
 
+def test_a_replica_that_loses_its_node_gets_what_was_lent_elsewhere() -> None:
+    """In that step: it waited for the lost node to come back while training had its room."""
+    world = World("a", "b")
+    world.deploy()
+    world.scale(2)
+    world.scale(2, spare=1)
+    job = world.submit("training", 900)
+    (node,) = world.replicas.values()
+    (lent,) = job.live.nodes
+    world.do(Tick([node]))
+    assert list(world.replicas.values()) == [lent]
+    assert job.state == WAITING
+
+
+def test_who_gave_its_room_back_owes_no_other() -> None:
+    world = World("a")
+    world.deploy()
+    world.scale(1, spare=1)
+    job = world.submit("training", 900)
+    world.do(Heartbeat("b", "1", ["train"], Resources(1000, 4096)))
+    world.scale(1)
+    assert (list(world.replicas.values()), job.live.nodes) == (["a"], {"b"})
+    world.beat("b")
+    world.do(Tick(["a"]))
+    assert (list(world.replicas.values()), job.live.nodes) == ([""], {"b"})
+
+
 NODES = st.sampled_from(["a", "b", "c"])
 STEPS = st.one_of(
     st.tuples(st.just("beat"), NODES),

@@ -1,11 +1,13 @@
 """The scheduler under all that can happen, against a ledger that knows none of its counters.
 
 Submissions, results, failures, silence, restarts of nodes, shrinking nodes, queues that come,
-change and go, evictions, and a crash of the scheduler at any point: after each the ledger agrees,
+change and go, evictions, deployments that grow, shrink, lend and go to zero, and a crash of the
+scheduler at any point: after each the ledger agrees,
 the scheduler agrees with itself, and its log read again gives the same state and decisions.
 """
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from libs.contracts.autoscaling import Autoscaling
 from libs.contracts.events import (
     AttemptPlaced,
     AttemptStopped,
@@ -23,11 +26,13 @@ from libs.contracts.events import (
 )
 from services.scheduler.ledger import Ledger
 from services.scheduler.stimuli import (
+    Deployed,
     Heartbeat,
     JobSubmitted,
     QueueApplied,
     QueueDeleted,
     QueueSpec,
+    Scaled,
     Tick,
 )
 from services.scheduler.tests.world import World
@@ -80,6 +85,20 @@ requests = st.builds(
     preemptible=st.sampled_from([True, True, False]),
 )
 nodes = st.sampled_from(NODES)
+DURATIONS_S, NOT_KNOWN = (0, 0, 20, 100), (0,)
+"""Where one is known a reservation may keep something free, and the ledger asks less."""
+REPLICAS = [Resources(2, 1, 0), Resources(3, 2, 0), Resources(1, 1, 500), Resources(2, 1, 1000, 2)]
+MODELS = ("digits", "words")
+
+
+def deployed(model: str, generation: int, least: int, more: int, needs: Resources) -> Deployed:
+    return Deployed(
+        project="p",
+        model=model,
+        generation=generation,
+        wanted=Autoscaling(min_replicas=least, max_replicas=max(1, least + more)),
+        resources=needs,
+    )
 
 
 class Machine(RuleBasedStateMachine):
@@ -144,6 +163,29 @@ class Machine(RuleBasedStateMachine):
     def delete(self, queue: str) -> None:
         self.world.tell(QueueDeleted(queue))
 
+    @rule(
+        model=st.sampled_from(MODELS),
+        least=st.integers(0, 2),
+        more=st.integers(0, 2),
+        needs=st.sampled_from(REPLICAS),
+    )
+    def deploy(self, model: str, least: int, more: int, needs: Resources) -> None:
+        known = self.world.ledger.servings.get(("p", model))
+        generation = known.told.generation + 1 if known else 1
+        self.world.tell(deployed(model, generation, least, more, needs))
+
+    @precondition(lambda self: self.world.ledger.servings)
+    @rule(data=st.data(), replicas=st.integers(0, 4), spare=st.integers(0, 4))
+    def scale(self, data: st.DataObject, replicas: int, spare: int) -> None:
+        serving = self.world.ledger.servings[data.draw(servings_of(self.world))]
+        scale(self.world, serving.told, replicas, spare)
+
+    @precondition(lambda self: self.world.ledger.replicas)
+    @rule(data=st.data())
+    def cancel_replica(self, data: st.DataObject) -> None:
+        project, job = data.draw(st.sampled_from(list(self.world.ledger.replicas)))
+        self.world.tell(JobCancelled(project=project, job=job))
+
     @rule(keeps=st.booleans())
     def crash(self, keeps: bool) -> None:
         self.world.crash(keeps)
@@ -151,6 +193,17 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.world.check()
+
+
+def servings_of(world: World) -> st.SearchStrategy[tuple[str, str]]:
+    return st.sampled_from(list(world.ledger.servings))
+
+
+def scale(world: World, told: Deployed, replicas: int, spare: int) -> None:
+    """Within its bounds, as the autoscaler decides: what is spare is above its least."""
+    least, most = told.wanted.min_replicas, told.wanted.max_replicas
+    replicas = min(max(replicas, least), most)
+    world.tell(Scaled(told.project, told.model, replicas, min(spare, replicas - least)))
 
 
 TestMachine = Machine.TestCase
@@ -180,11 +233,13 @@ def test_a_busy_cluster_keeps_its_books(seed: int) -> None:
     world.check()
 
 
-def step(world: World, chance: random.Random, number: int) -> None:
+def step(
+    world: World, chance: random.Random, number: int, durations: Sequence[int] = DURATIONS_S
+) -> None:
     live = list(world.ledger.live.values())
     match chance.choices(range(6), [12, 6, 4, 2, 1, 1])[0]:
         case 0:
-            world.tell(JobSubmitted(request_of(chance, number)))
+            world.tell(JobSubmitted(request_of(chance, number, durations)))
         case 1 if live:
             for share in chance.choice(live).shares.values():
                 world.answer(share, chance.choice(["starts", "succeeds", "succeeds", "fails"]))
@@ -198,7 +253,40 @@ def step(world: World, chance: random.Random, number: int) -> None:
             world.recover(chance.choice(NODES))
 
 
-def request_of(chance: random.Random, number: int) -> JobRequested:
+@pytest.mark.parametrize("seed", range(2, 10))
+def test_replicas_that_come_and_go_lend_their_room_and_get_it_back(seed: int) -> None:
+    """Two deployments on a cluster that training fills, under the same walk."""
+    chance = random.Random(seed)
+    world = World()
+    for node, model in zip(NODES, "ABA", strict=True):
+        world.beat(node, Resources(8, 8, 1000, 4), model, {"zone": "x"})
+    for number in range(300):
+        if chance.random() < 0.3:
+            turn(world, chance, number)
+        else:
+            step(world, chance, number, NOT_KNOWN)
+        if number % 10 == 0:
+            world.check()
+    assert any("gives its room to" in said.reason for said in stops(world))
+    world.crash(keeps=True)
+    world.check()
+
+
+def turn(world: World, chance: random.Random, number: int) -> None:
+    """More or fewer of a model, or the model anew."""
+    known = world.ledger.servings.get(("p", model := chance.choice(MODELS)))
+    if known is None or chance.random() < 0.1:
+        least, more = chance.randrange(2), chance.randrange(3)
+        world.tell(deployed(model, number + 1, least, more, chance.choice(REPLICAS)))
+    else:
+        scale(world, known.told, chance.randrange(4), chance.randrange(4))
+
+
+def stops(world: World) -> list[AttemptStopped]:
+    return [one for *_, said in world.log for one in said if isinstance(one, AttemptStopped)]
+
+
+def request_of(chance: random.Random, number: int, durations: Sequence[int]) -> JobRequested:
     resources = chance.choice(SHAPES)
     return JobRequested(
         project="p",
@@ -211,7 +299,7 @@ def request_of(chance: random.Random, number: int) -> JobRequested:
         attempts_max=9,
         gpu_models=chance.choice([[], [], [], ["A"], ["B"]]) if resources.gpu_milli else [],
         topology=chance.choice(["node", "any"]),
-        duration_s=chance.choice([0, 0, 20, 100]),
+        duration_s=chance.choice(durations),
         preemptible=chance.random() < 0.9,
     )
 

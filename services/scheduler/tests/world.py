@@ -2,6 +2,7 @@
 
 import msgspec
 
+from libs.contracts.autoscaling import NODE_LABEL, REPLICA_KIND
 from libs.contracts.events import (
     AttemptFailed,
     AttemptPlaced,
@@ -11,7 +12,7 @@ from libs.contracts.events import (
     Resources,
 )
 from services.scheduler.domain import Scheduler, State, restore
-from services.scheduler.ledger import Ledger
+from services.scheduler.ledger import CANCELLED, WAITING, Ledger
 from services.scheduler.stimuli import Heartbeat, Running, Stimulus, decode
 
 
@@ -59,7 +60,14 @@ class World:
         runs = sorted(self.agents.setdefault(node, set()))
         incarnation = int(self.last[node].incarnation) if node in self.last else 1
         heard = Heartbeat(
-            node, incarnation + reboots, ["train"], has, runs, health, model, labels or {}
+            node,
+            incarnation + reboots,
+            ["serve", "train"],
+            has,
+            runs,
+            health,
+            model,
+            {NODE_LABEL: node} | (labels or {}),
         )
         self.last[node] = heard
         return self.tell(heard)
@@ -100,7 +108,12 @@ class World:
         self.scheduler.validate()
         jobs = {key: job.state for key, job in self.scheduler.jobs.items()}
         states = {key: "live" if s in ("placed", "running") else s for key, s in jobs.items()}
-        assert states == self.ledger.states
+        for key, state in states.items():
+            if key in self.ledger.replicas and self.ledger.states[key] == WAITING:
+                assert state in (WAITING, CANCELLED), "nobody says which"
+            elif key in self.ledger.states or self.scheduler.jobs[key].request.kind != REPLICA_KIND:
+                assert state == self.ledger.states[key], key
+        assert self.ledger.states.keys() <= states.keys()
         for key, attempt in self.ledger.live.items():
             job = self.scheduler.jobs[key]
             assert job.live.token == attempt.token
