@@ -17,8 +17,9 @@ max_batch_size: {rows_max}
 input [ {{ name: "features" data_type: TYPE_FP32 dims: {given} }} ]
 output [ {{ name: "scores" data_type: TYPE_FP32 dims: {made} }} ]
 dynamic_batching {{ }}
-instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 """
+ONE_INSTANCE = "instance_group [ { count: 1 kind: KIND_CPU } ]\n"
+"""Triton's; of a model without one Leptonic runs as many batches at once as it has cores."""
 
 
 def command(backend: str, names: list[str], port: int) -> tuple[list[str], dict[str, str]]:
@@ -74,7 +75,7 @@ def write_model(folder: Path, name: str, backend: str) -> None:
     ours = backend == "onnxruntime"
     engine = 'platform: "onnxruntime_onnx"' if ours else f'backend: "{backend}"'
     text = CONFIG.format(engine=engine, rows_max=ROWS_MAX, given=list(SHAPES[name]), made=made)
-    (folder / "config.pbtxt").write_text(text)
+    (folder / "config.pbtxt").write_text(text if ours else text + ONE_INSTANCE)
 
 
 def build_onnxbench(packages: Path) -> None:
