@@ -21,6 +21,7 @@ from libs.contracts.events import (
     Share,
 )
 from services.scheduler import levels, pool
+from services.scheduler.debts import Debts
 from services.scheduler.deployments import Deployment
 from services.scheduler.jobs import (
     CANCELLED,
@@ -81,6 +82,7 @@ class Book:
         self.pool = pool.make("priced")
         self.lines = Lines()
         self.quota = Quota()
+        self.debts = Debts(self.quota)
         self.finished: deque[Key] = deque()
         """Jobs that have ended, the first first."""
         self.machines: dict[str, Machine] = {}
@@ -140,6 +142,7 @@ class Book:
         if change is None:
             raise Impossible(f"job {'/'.join(job.key)}: {job.state} -> {to}")
         self.touched.add(job.key)
+        self.debts.settle(job.request.queue, self.now, self.lines)
         before, job.state = job.state, to
         if before == WAITING:
             self.lines.left(job)
@@ -267,6 +270,7 @@ class Book:
 
     def enqueue(self, job: Job) -> None:
         self.touched.add(job.key)
+        self.debts.settle(job.request.queue, self.now, self.lines)
         spec = self.specs.get(job.request.queue)
         line = self.lines.add(job, spec)
         if line.head is job and not job.attempt:
@@ -327,6 +331,14 @@ class Book:
         spec = self.specs.get(job.request.queue)
         ages = spec is not None and spec.order == "priority"
         return job.rank(spec.aging_s if spec and ages else 0, self.now)
+
+    def is_even(self, queue: str, amounts: Amounts) -> bool:
+        """Whether its queue owes its cohort nothing of these resources."""
+        return self.debts.is_even(queue, amounts, self.now, self.lines)
+
+    def is_due(self, queue: str, amounts: Amounts) -> bool:
+        """Whether these are its own, and it owes none of them."""
+        return self.quota.owns(queue, amounts) and self.is_even(queue, amounts)
 
     def running_of(self, queue: str) -> list[Job]:
         """What is placed, in the order in which it gives way."""

@@ -1,8 +1,9 @@
 """Who is next, and whether there is a place: the scheduler's decisions.
 
 Lines are asked in order: queues within their own before those that borrow, then by priority (by
-attained service), then by submission. What cannot be placed shuts its line until something is
-freed that could change that; later ones pass, as far as the first one's reservation allows.
+attained service), then by submission; in a cohort by attained service by level first. What cannot
+be placed shuts its line until something is freed that could change that; later ones pass, as far as
+the first one's reservation allows.
 """
 
 import heapq
@@ -22,7 +23,7 @@ LOOK_S = 10.0
 IDLE_MAX = 16
 """Rounds, and 4 for each line, in which only the reservation changes hands. An order that is not
 one would go on for ever."""
-Order = tuple[int, int, float, float, int]
+Order = tuple[int, int, float, float, int, int]
 """Smaller is first, and who is first of a line is so by this, too."""
 
 
@@ -40,7 +41,7 @@ class Chooser(Book):
         self.first: Order | None = None
         """Who of those that only lack room comes first, if that was asked."""
         self.shares: dict[Name, int] = {}
-        self.shares_at = 0
+        self.shares_at = 0, 0.0
 
     def place_what_fits(self) -> None:
         """Everything that may be placed now."""
@@ -68,21 +69,33 @@ class Chooser(Book):
 
     def order(self, job: Job) -> Order:
         spec = self.specs.get(job.request.queue)
+        first, second, number = place_of(job, spec)
         if spec is None:
-            return 0, -job.request.priority, *place_of(job, None)
+            return 0, -job.request.priority, first, second, 0, number
         share = self.share_of(spec, job) if spec.cohort else 0
-        return share, -self.rank(job), *place_of(job, spec)
+        if spec.cohort in self.quota.leveled:
+            return 0, -self.rank(job), first, second, share, number
+        return share, -self.rank(job), first, second, 0, number
 
     def share_of(self, spec: QueueSpec, job: Job) -> int:
-        """What share of its cohort its queue would have with it; kept until something changes."""
-        if self.shares_at != self.changes:
-            self.shares_at = self.changes
+        """What share of its cohort its queue would have with it; kept until something changes.
+
+        By levels it is 0 only for what is due to it: who owes counts as a borrower.
+        """
+        if self.shares_at != (self.changes, self.now):
+            self.shares_at = self.changes, self.now
             self.shares.clear()
         name = spec.queue, job.ask
         if name not in self.shares:
-            shares = (self.quota.share(spec.queue, claim.amounts) for claim in self.claims(job))
+            shares = (self.share_with(spec, claim) for claim in self.claims(job))
             self.shares[name] = min(shares, default=0)
         return self.shares[name]
+
+    def share_with(self, spec: QueueSpec, claim: Claim) -> int:
+        share = self.quota.share(spec.queue, claim.amounts)
+        if spec.cohort in self.quota.leveled:
+            return 0 if self.is_due(spec.queue, claim.amounts) else share + 1
+        return share
 
     def place_from(self, line: Line) -> bool:
         """One of the line's jobs: the first, or else one that is through in time."""

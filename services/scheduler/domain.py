@@ -24,6 +24,7 @@ from libs.contracts.events import (
 from services.scheduler import audit, elastic, quota, resume
 from services.scheduler.backfill import Reservation
 from services.scheduler.book import Cause
+from services.scheduler.debts import Account
 from services.scheduler.deployments import Deployment
 from services.scheduler.fleet import Fleet
 from services.scheduler.jobs import (
@@ -77,6 +78,7 @@ class State(msgspec.Struct, kw_only=True):
     nodes: list[Node]
     finished: list[Key]
     specs: list[QueueSpec] = []
+    debts: dict[str, Account] = {}
     reservation: Reservation | None = None
     looked_at: float = 0.0
     deployments: list[Deployment] = []
@@ -235,7 +237,10 @@ class Scheduler(Fleet):
     def set_specs(self, specs: dict[str, QueueSpec]) -> None:
         """Who stands where in line follows from the queue, so all stand in line again."""
         self.changes += 1
+        for queue in self.specs:
+            self.debts.settle(queue, self.now, self.lines)
         self.quota.apply(specs.values())
+        self.debts.open(self.now)
         self.lines, self.overdue = Lines(), []
         for job in self.jobs.values():
             if job.state == WAITING:
@@ -291,6 +296,7 @@ class Scheduler(Fleet):
             nodes=list(self.nodes.values()),
             finished=list(self.finished),
             specs=list(self.specs.values()),
+            debts=self.debts.accounts,
             reservation=self.reservation,
             looked_at=self.looked_at,
             deployments=list(self.deployments.values()),
@@ -315,6 +321,8 @@ def restore(state: State) -> Scheduler:
     scheduler.finished.extend(state.finished)
     scheduler.deployments = {one.key: one for one in state.deployments}
     scheduler.quota.apply(state.specs)
+    scheduler.debts.accounts = state.debts
+    scheduler.debts.open(0.0)
     scheduler.typical = Typical(dict(state.typical), state.arrivals, state.plan_due_at)
     if state.prices != scheduler.prices:
         scheduler.prices = state.prices

@@ -2,12 +2,13 @@
 
 After every placement and every end it is; while nothing is placed and nothing ends, only time can
 change who gives way to whom: somebody has been served enough to sink a level, somebody has waited
-too long. A cluster that is full of long jobs is so looked at a few times a day, not every 10 s.
+too long, a queue owes less than it did. A cluster that is full of long jobs is so looked at a few
+times a day, or every 5 min where queues owe each other, not every 10 s.
 """
 
 from collections.abc import Iterator
 
-from services.scheduler import levels
+from services.scheduler import debts, levels
 from services.scheduler.book import Book
 from services.scheduler.jobs import Job
 from services.scheduler.shapes import GPU_MILLI
@@ -42,6 +43,7 @@ class Looks:
 
 def turns(book: Book, now: float) -> Iterator[float]:
     """When time alone changes something for those who wait."""
+    rivals: dict[str, None] = {}
     for queue in book.lines.by_queue:
         spec = book.specs.get(queue)
         if spec is None:
@@ -49,8 +51,13 @@ def turns(book: Book, now: float) -> Iterator[float]:
         if spec.aging_s or (spec.grace_s and spec.reclaim != "never"):
             yield 0.0
         if spec.order == "attained":
-            yield from (sinks_at(job, now) for job in book.running_of(queue))
+            rivals[queue] = None
             yield book.overdue[0][0] if book.overdue else NEVER
+        if spec.cohort in book.quota.leveled:
+            rivals.update((one.queue, None) for one in book.quota.cohorts[spec.cohort])
+            yield debts.next_sample(now)
+    for queue in rivals:
+        yield from (sinks_at(job, now) for job in book.running_of(queue))
 
 
 def sinks_at(job: Job, now: float) -> float:

@@ -18,8 +18,12 @@ class Head:
     Of its own queue: what has a lower priority, or by levels of service, as the queue says. Of its
     cohort: what another queue runs on borrowed resources, as long as the claim's queue keeps
     within its own with it, and after the grace that its queue grants; among queues by attained
-    service what is borrowed goes from level to level as within one queue. Nobody gives way to a
-    job that was evicted by the very stimulus that is being handled, nor what that has placed.
+    service what is borrowed goes from level to level as within one queue. In a cohort by attained
+    service the moment does not decide, but what each queue owes (`debts.py`): who neither borrows
+    nor owes keeps what it has, everybody else's goes from level to level, and at an equal level to
+    who asks for its own; if its queue wants no more than that in all, nobody of that queue goes.
+    Nobody gives way to a job that was evicted by the very stimulus that is being handled, nor what
+    that has placed.
 
     What does not depend on the victim is asked once: of hundreds of victims it is the same.
     """
@@ -39,6 +43,12 @@ class Head:
             and waited >= self.spec.grace_s
             and book.quota.owns(self.queue, claim.amounts)
         )
+        self.by_levels = self.spec is not None and self.spec.cohort in book.quota.leveled
+        self.is_even = self.by_levels and book.is_even(self.queue, claim.amounts)
+        self.is_content = (
+            self.is_even and self.reclaims and book.debts.is_content(self.queue, book.lines)
+        )
+        self.kept: dict[str, bool] = {}
 
     def may_evict(self, victim: Job) -> bool:
         placement = victim.placement
@@ -49,10 +59,12 @@ class Head:
         if self.claim.job.key in self.book.evicted:
             return False
         if victim.request.queue == self.queue:
-            return self.may_pass(victim, placement.rank)
+            return not self.is_content and self.may_pass(victim, placement.rank)
         other = self.book.specs.get(victim.request.queue)
         if other is None or not self.spec.cohort or other.cohort != self.spec.cohort:
             return False
+        if self.by_levels:
+            return self.spec.reclaim != "never" and self.may_level(victim, placement.rank)
         if not self.book.quota.borrows(other.queue, self.claim.amounts):
             return False
         if self.reclaims and (self.spec.reclaim == "any" or placement.rank < self.rank):
@@ -66,6 +78,26 @@ class Head:
         if self.spec.within_queue == "lower" and rank < self.rank:
             return True
         return self.spec.order == "attained" and self.outranks(victim)
+
+    def may_level(self, victim: Job, rank: int) -> bool:
+        """Of another queue, in a cohort by attained service."""
+        assert self.spec is not None
+        if self.keeps(victim.request.queue):
+            return False
+        if self.outranks(victim):
+            return True
+        asks = self.reclaims and self.is_even and (self.spec.reclaim == "any" or rank < self.rank)
+        return asks and not levels.may_rotate(victim.standing(self.book.now), self.standing)
+
+    def keeps(self, queue: str) -> bool:
+        """Whether it has only what is its own, and owes nothing."""
+        if queue not in self.kept:
+            borrows = self.book.quota.borrows(queue, self.claim.amounts)
+            self.kept[queue] = not borrows and self.book.is_even(queue, self.claim.amounts)
+        return self.kept[queue]
+
+    def owes(self, queue: str) -> bool:
+        return self.by_levels and not self.book.is_even(queue, self.claim.amounts)
 
     def outranks(self, victim: Job) -> bool:
         """By levels of service."""
@@ -84,7 +116,9 @@ def can_evict(book: Book, queue: str) -> bool:
 
 
 def evictable(book: Book, claim: Claim) -> list[Job]:
-    """In the order in which they give way; of another queue only as many as it has borrowed."""
+    """In the order in which they give way; of another queue only as many as it has borrowed, or all
+    that it has if it owes.
+    """
     found: list[Job] = []
     given: dict[str, dict[str, int]] = {}
     head = Head(book, claim)
@@ -94,7 +128,7 @@ def evictable(book: Book, claim: Claim) -> list[Job]:
         if not head.may_evict(job):
             continue
         queue = job.request.queue
-        if queue != claim.job.request.queue:
+        if queue != claim.job.request.queue and not head.owes(queue):
             gives = given.setdefault(queue, {})
             spec = book.specs[queue]
             limits = {name: spec.nominal[name] for name in claim.amounts if name in spec.nominal}

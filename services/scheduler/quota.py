@@ -48,6 +48,8 @@ class Quota:
         self.specs: dict[str, QueueSpec] = {}
         self.cohorts: dict[str, list[QueueSpec]] = {}
         self.used: dict[str, dict[str, int]] = {}
+        self.leveled: set[str] = set()
+        """Cohorts all of whose queues go by attained service: so do they among each other."""
 
     def apply(self, specs: Iterable[QueueSpec]) -> None:
         """These are the queues from now on."""
@@ -56,6 +58,11 @@ class Quota:
         for _, spec in sorted(self.specs.items()):
             if spec.cohort:
                 self.cohorts.setdefault(spec.cohort, []).append(spec)
+        self.leveled = {
+            cohort
+            for cohort, specs in self.cohorts.items()
+            if all(spec.order == "attained" for spec in specs)
+        }
 
     def take(self, queue: str, amounts: Amounts, sign: int = 1) -> None:
         used = self.used.setdefault(queue, {})
