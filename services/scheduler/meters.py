@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from prometheus_client import Gauge, Histogram
 
+from services.scheduler import elastic
 from services.scheduler.domain import Scheduler
 from services.scheduler.jobs import PLACED, RUNNING, WAITING
 from services.scheduler.nodes import HEALTH, HEALTHY
@@ -38,7 +39,15 @@ WAIT = Histogram(
     "leptonic_scheduler_wait_seconds", "From asked for to placed", ["kind"], buckets=WAITS_S
 )
 histogram = functools.cache(WAIT.labels)
-OF_A_LEADER = (NODES, NODE_HEALTHY, CORES, CORES_TAKEN, MEMORY, MEMORY_TAKEN, JOBS, OLDEST)
+REPLICAS = Gauge(
+    "leptonic_scheduler_replicas",
+    "Of each deployment: replicas, and jobs that got the room of one",
+    ["project", "model", "state"],
+)
+OF_A_LEADER = (
+    *(NODES, NODE_HEALTHY, CORES, CORES_TAKEN, MEMORY, MEMORY_TAKEN, JOBS, OLDEST),
+    REPLICAS,
+)
 
 
 def forget() -> None:
@@ -63,6 +72,9 @@ def show(scheduler: Scheduler, now: float) -> None:
             waits[queue] = max(waits[queue], now - job.waiting_since)
     for queue, waited in waits.items():
         OLDEST.labels(queue).set(waited)
+    for deployment in scheduler.deployments.values():
+        for state, count in elastic.counts(scheduler, deployment).items():
+            REPLICAS.labels(*deployment.key, state).set(count)
 
 
 def show_nodes(scheduler: Scheduler) -> None:

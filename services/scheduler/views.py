@@ -8,13 +8,15 @@ import msgspec
 from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
 
+from libs.contracts.autoscaling import REPLICA_QUEUE
 from libs.contracts.events import JobRequested
 from libs.contracts.events import Resources as Amounts
 from libs.contracts.protos import scheduler_pb2 as proto
 from libs.doors import Invalid
-from services.scheduler import jobs, planner, quota, scores
+from services.scheduler import elastic, jobs, planner, quota, scores
 from services.scheduler.advice import Advice
 from services.scheduler.changes import Change
+from services.scheduler.deployments import Deployment
 from services.scheduler.domain import Scheduler, on
 from services.scheduler.explain import Why
 from services.scheduler.shapes import GPU_MILLI, Free, Machine, Shape
@@ -97,12 +99,19 @@ def queue_of(scheduler: Scheduler, name: str) -> proto.Queue:
             gpu_milli=used.get("gpu_milli", 0),
         ),
     )
+    if name == REPLICA_QUEUE:
+        queue.replicas.extend(replicas_of(scheduler, one) for one in scheduler.deployments.values())
     if spec is None:
         return queue
     queue.cohort, queue.weight, queue.order = spec.cohort, spec.weight, spec.order
     queue.share = scheduler.quota.share(name, {})
     queue.quotas.extend(use_of(scheduler, spec, resource) for resource in sorted(spec.nominal))
     return queue
+
+
+def replicas_of(scheduler: Scheduler, deployment: Deployment) -> proto.Replicas:
+    told = elastic.counts(scheduler, deployment)
+    return proto.Replicas(project=deployment.project, model=deployment.model, **told)
 
 
 def use_of(scheduler: Scheduler, spec: QueueSpec, resource: str) -> proto.QuotaUse:
@@ -132,9 +141,10 @@ def lent(scheduler: Scheduler, spec: QueueSpec, resource: str) -> int:
 
 
 def queue_names(scheduler: Scheduler) -> list[str]:
-    """Those that were applied, and those with a job that has not ended."""
+    """Those that were applied, those with a job that has not ended, and that of replicas."""
     running = (name for name, entries in scheduler.running.items() if entries)
-    return sorted({*scheduler.specs, *scheduler.lines.by_queue, *running})
+    served = (REPLICA_QUEUE,) if scheduler.deployments else ()
+    return sorted({*scheduler.specs, *scheduler.lines.by_queue, *running, *served})
 
 
 # --- nodes

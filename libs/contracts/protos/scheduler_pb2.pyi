@@ -706,6 +706,7 @@ class Queue(message.Message):
     ORDER_FIELD_NUMBER: builtins.int
     SHARE_FIELD_NUMBER: builtins.int
     QUOTAS_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
     queue: builtins.str
     waiting: builtins.int
     running: builtins.int
@@ -720,6 +721,10 @@ class Queue(message.Message):
     def quotas(self) -> containers.RepeatedCompositeFieldContainer[QuotaUse]:
         """Of each resource that the queue names."""
 
+    @builtins.property
+    def replicas(self) -> containers.RepeatedCompositeFieldContainer[Replicas]:
+        """Of the queue of replicas: each deployment."""
+
     def __init__(
         self,
         *,
@@ -732,10 +737,48 @@ class Queue(message.Message):
         order: builtins.str = ...,
         share: builtins.int = ...,
         quotas: abc.Iterable[QuotaUse] | None = ...,
+        replicas: abc.Iterable[Replicas] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "cohort", b"cohort", "order", b"order", "queue", b"queue", "quotas", b"quotas", "running", b"running", "share", b"share", "waiting", b"waiting", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "cohort", b"cohort", "order", b"order", "queue", b"queue", "quotas", b"quotas", "replicas", b"replicas", "running", b"running", "share", b"share", "waiting", b"waiting", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Replicas(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    SPARE_FIELD_NUMBER: builtins.int
+    LENT_FIELD_NUMBER: builtins.int
+    project: builtins.str
+    model: builtins.str
+    wanted: builtins.int
+    running: builtins.int
+    waiting: builtins.int
+    spare: builtins.int
+    """Of those wanted, what may be lent."""
+    lent: builtins.int
+    """Jobs that have the room of one."""
+    def __init__(
+        self,
+        *,
+        project: builtins.str = ...,
+        model: builtins.str = ...,
+        wanted: builtins.int = ...,
+        running: builtins.int = ...,
+        waiting: builtins.int = ...,
+        spare: builtins.int = ...,
+        lent: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["lent", b"lent", "model", b"model", "project", b"project", "running", b"running", "spare", b"spare", "waiting", b"waiting", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,10 @@ QUEUES: tuple[Column, ...] = (
     ("lent", of("lent")),
     ("left", of("left")),
 )
+REPLICAS: tuple[Column, ...] = (
+    *((name, of(name)) for name in ("model", "wanted", "running", "waiting")),
+    *((name, of(name)) for name in ("spare", "lent")),
+)
 ADVICES: tuple[Column, ...] = (("", of("number")), ("would place it next", of("says")))
 
 
@@ -100,7 +104,8 @@ def queue_rows(queues: list[dict[str, Any]]) -> list[Row]:
 def queues(rows: list[dict[str, Any]]) -> RenderableType:
     drawn = table("queues", QUEUES, queue_rows(rows))
     drawn.title = f"queues ({len(rows)})"
-    return drawn
+    replicas = [one for row in rows for one in row.get("replicas", [])]
+    return Group(drawn, table("replicas", REPLICAS, replicas)) if replicas else drawn
 
 
 def why(row: Row) -> RenderableType:

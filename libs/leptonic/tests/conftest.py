@@ -115,7 +115,10 @@ class Platform:
         one = scheduler.Queue(queue="team", cohort="all", weight=1000, share=250_000)
         one.quotas.extend([cpus, gpus])
         default = scheduler.Queue(queue="default", waiting=1)
-        return scheduler.ListQueuesResponse(queues=[default, one])
+        serve = scheduler.Queue(queue="serve", running=3)
+        digits = scheduler.Replicas(project="default", model="digits", wanted=4, running=3, lent=1)
+        serve.replicas.append(digits)
+        return scheduler.ListQueuesResponse(queues=[default, one, serve])
 
     async def ApplyQueue(self, request: Any, _: Any) -> Any:
         self.asked.append(request)

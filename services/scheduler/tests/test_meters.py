@@ -1,11 +1,14 @@
 """What the scheduler tells of its nodes and jobs, in numbers."""
 
+from typing import Any
+
 from prometheus_client import REGISTRY
 
-from libs.contracts.events import Resources
+from libs.contracts.events import AttemptStarted, Resources
 from services.scheduler import meters
 from services.scheduler.domain import Scheduler
 from services.scheduler.tests.test_domain import beat, request
+from services.scheduler.tests.test_elastic import World
 
 
 def told(name: str, **labels: str) -> float | None:
@@ -31,6 +34,34 @@ def test_nodes_jobs_and_waits_are_told_and_forgotten() -> None:
     meters.forget()
     assert told("leads") == 0
     assert told("nodes", state="Healthy") is None
+
+
+def test_a_deployment_tells_what_is_wanted_runs_waits_and_was_lent() -> None:
+    world = World("a", "b")
+    world.deploy()
+    world.scale(3)
+    job = world.scheduler.jobs["default", "serve-digits"]
+    (part,) = job.live.parts
+    about: dict[str, Any] = {
+        "job": job.request.job,
+        "attempt": 1,
+        "token": job.live.token,
+        "node": part.node,
+    }
+    world.do(AttemptStarted(project="default", **about))
+    meters.show(world.scheduler, 130.0)
+    states = ("wanted", "running", "waiting", "spare", "lent")
+    assert [replicas(state) for state in states] == [3, 1, 0, 0, 0]
+    world.scale(2, spare=1)
+    world.submit("training", 900)
+    meters.show(world.scheduler, 130.0)
+    assert [replicas(state) for state in states] == [1, 1, 0, 0, 1]
+    meters.forget()
+    assert replicas("wanted") is None
+
+
+def replicas(state: str) -> float | None:
+    return told("replicas", project="default", model="digits", state=state)
 
 
 def test_a_placement_tells_how_long_the_job_waited() -> None:
