@@ -65,7 +65,7 @@ test-rolling: setup ## 50,000 requests while every service is replaced again and
 bench: setup ## measurements, as ratios in one run
 	@$(PYTHON) -m bench
 
-bench-scheduler: setup ## the scheduler's figures beside anchors and targets: TRACE=openb|philly|FILE DATA=folder
+bench-scheduler: setup ## the scheduler's figures beside anchors and targets: TRACE=openb|philly|FILE DATA=folder AGAIN=1
 	@$(PYTHON) -m bench.scheduler $(if $(TRACE),--trace $(TRACE)) $(if $(DATA),--data $(DATA))
 
 conformance: setup ## clients nobody here wrote: TRITON_EXAMPLES=a checkout of Triton's client repository
