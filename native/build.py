@@ -63,7 +63,7 @@ FRONT = Extension(
 PLACEMENT = Extension(
     "leptonic_placement",
     (HERE / "placement_module.cpp",),
-    (HERE / "placement.cpp", HERE / "placement_scores.cpp"),
+    tuple(path for path in PLACING if path.suffix == ".cpp" and path.stem != "placement_module"),
 )
 EXTENSIONS = {one.name: one for one in (PLACEMENT, FRONT)}
 

@@ -1,14 +1,18 @@
 // What is free on the nodes, and where the next worker goes: services/scheduler/pool.py, faster.
 //
-// A row for each shape keeps the score of every node and, in a tournament tree, the best of them.
-// A change is one line in a log; a row reads the lines since it was last asked. What a row says is
-// a function of the nodes' states, so rows can be dropped at any time.
+// Open nodes of one kind with as much free share a state. Scores are of states: each is computed
+// once for a shape, however many nodes are in that state or come into it later. A row for each
+// shape keeps the scores and, in a tournament tree, the best: of equal ones that of the first node.
+// A state that comes, goes or has another first node is one line in a log; a row reads the lines
+// since it was last asked. What a row says is a function of the nodes' states, so rows can be
+// dropped at any time.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -26,6 +30,16 @@ struct Broken : std::logic_error {
 struct Spot {
   uint32_t node;
   std::vector<int> gpus;
+};
+
+constexpr uint32_t kNowhere = UINT32_MAX;  // the state of a node that is not open
+constexpr uint64_t kNobody = UINT64_MAX;   // comes first in a state without nodes
+
+struct Node : State {
+  uint64_t order = 0;  // as the names
+  uint64_t lot = 0;
+  uint32_t state = kNowhere;
+  bool is_there = false, is_open = false;
 };
 
 class Pool {
@@ -53,11 +67,28 @@ class Pool {
   const Node& node(uint32_t node) const;
 
  private:
+  struct Earlier {
+    const std::vector<Node>* nodes;
+    bool operator()(uint32_t one, uint32_t other) const { return (*nodes)[one].order < (*nodes)[other].order; }
+  };
+  // Nodes in one state.
+  struct Alike : State {
+    explicit Alike(const std::vector<Node>* all) : nodes(Earlier{all}) {}
+    std::set<uint32_t, Earlier> nodes;
+    std::string key;
+  };
+  // What rows read of a state, beside it.
+  struct Mark {
+    uint64_t first = kNobody;  // the order of its first node
+    uint64_t born = 0;
+    size_t changed = 0;        // its last line in the log
+  };
   struct Row {
     uint32_t shape;
-    std::vector<int64_t> score;  // by node
-    std::vector<uint32_t> best;  // a heap: of each pair the better node
-    size_t read = SIZE_MAX;      // of the log; SIZE_MAX for a row that is to be made anew
+    std::vector<int64_t> score;  // by state
+    std::vector<uint32_t> best;  // a heap: of each pair the better state
+    size_t read = SIZE_MAX;      // of the log; SIZE_MAX for a row whose tree is to be made anew
+    uint64_t born = 0;           // states up to here have their score
     uint64_t asked = 0;
   };
   struct Room {
@@ -67,22 +98,29 @@ class Pool {
 
   void move(uint32_t shape, uint32_t node, const std::vector<int>& gpus, int sign);
   void settle(uint32_t node);
-  void note(uint32_t node);
+  void enter(uint32_t node);
+  void retire(uint32_t node);
+  const std::string& key(const Node& node);
+  void grow();
+  void note(uint32_t state);
   void shorten_log();
   void spread_orders();
-  void grow();
   Row& row(uint32_t shape);
   void drop_oldest_row();
-  void make(Row& row);
-  void catch_up(Row& row);
+  void score(Row& row, uint32_t state) const;
+  void make(Row& row) const;
+  void catch_up(Row& row) const;
   bool is_better(const Row& row, uint32_t left, uint32_t right) const;
-  void replay(Row& row, uint32_t node) const;
-  int64_t evaluate(const Row& row, uint32_t node) const;
-  bool fits(const Row& row, const Node& node) const;
-  std::vector<int> choose(const Node& node, const Shape& shape) const;
-  int64_t value(const Node& node) const;
+  void replay(Row& row, uint32_t state) const;
+  int64_t evaluate(const Shape& shape, const State& state) const;
+  bool fits(const Row& row, const State& state) const;
+  std::vector<int> choose(const State& node, const Shape& shape) const;
+  int64_t value(const State& state) const;
   void value_all();
-  std::vector<int> choose_part(const Node& node, const Shape& shape) const;
+  std::vector<int> choose_part(const State& node, const Shape& shape) const;
+  int64_t lot(const Node& node) const;
+  std::optional<uint32_t> best(uint32_t shape, int64_t workers);
+  std::optional<uint32_t> best_of(const std::vector<Room>& rooms) const;
   std::optional<std::vector<Spot>> find_together(uint32_t shape, int64_t workers);
   std::optional<std::vector<Spot>> find_spread(uint32_t shape, int64_t workers);
   void fill(uint32_t node, const Shape& shape, int64_t workers, std::vector<Spot>& spots) const;
@@ -95,6 +133,12 @@ class Pool {
   std::vector<int64_t> opened_;  // open nodes by kind
   std::vector<uint32_t> gone_;
   std::map<std::string, uint32_t> names_;
+  std::vector<Alike> states_;
+  std::vector<Mark> marks_;
+  std::vector<uint32_t> unused_;  // states without nodes
+  std::unordered_map<std::string, uint32_t> state_ids_;
+  std::string key_;
+  uint64_t born_ = 0;
   std::vector<Shape> shapes_;
   std::map<Shape, uint32_t> shape_ids_;
   std::vector<std::vector<int8_t>> admitted_;  // by shape and kind: -1 unknown

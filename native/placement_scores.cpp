@@ -12,9 +12,11 @@ constexpr int64_t kWorth = 1'000'000, kQuantum = kWorth * 3 / 1000, kCpuMax = in
 constexpr int64_t kWorkersMax = 1 << 20;
 __extension__ typedef __int128 Wide;  // amounts are below 2^48, and are multiplied
 
-// Rounds down, as Python's.
-int64_t divided(Wide amount, Wide by) {
-  Wide quotient = amount / by - (amount % by != 0 && (amount < 0) != (by < 0));
+// Rounds down, as Python's. A division of words is several times faster than one of `Wide`.
+int64_t divided(Wide amount, int64_t by) {
+  auto word = static_cast<int64_t>(amount);
+  if (word == amount) return word / by - (word % by < 0);
+  Wide quotient = amount / by - (amount % by < 0);
   return static_cast<int64_t>(std::clamp<Wide>(quotient, INT64_MIN + 1, INT64_MAX));
 }
 
@@ -35,7 +37,7 @@ bool Kind::admits(const Shape& shape) const {
   return std::all_of(shape.labels.begin(), shape.labels.end(), [&](auto& label) { return among(labels, label); });
 }
 
-void Node::count_gpus() {
+void State::count_gpus() {
   total = most = whole = 0;
   for (int16_t left : gpus) {
     total += left;
@@ -44,7 +46,7 @@ void Node::count_gpus() {
   }
 }
 
-int64_t Node::room(const Shape& shape) const {
+int64_t State::room(const Shape& shape) const {
   int64_t room = kWorkersMax;
   if (shape.cpu_milli) room = std::min(room, cpu_milli / shape.cpu_milli);
   if (shape.memory_mib) room = std::min(room, memory_mib / shape.memory_mib);
@@ -116,7 +118,7 @@ int64_t Known::fragment_of(const int64_t* parts, int64_t total, int64_t usable, 
   return weights_ * total - usable - whole * kGpuMilli * parts[millis_.size() + 1 + static_cast<size_t>(whole)];
 }
 
-int64_t Known::fragment(const Node& node) const {
+int64_t Known::fragment(const State& node) const {
   if (enough_.empty()) return 0;
   const int64_t* parts = this->parts(node.kind, node.cpu_milli);
   int64_t usable = 0;
@@ -124,7 +126,7 @@ int64_t Known::fragment(const Node& node) const {
   return fragment_of(parts, node.total, usable, node.whole);
 }
 
-int64_t Known::fragment_after(const Node& node, const Shape& shape) const {
+int64_t Known::fragment_after(const State& node, const Shape& shape) const {
   if (enough_.empty()) return 0;
   const int64_t* parts = this->parts(node.kind, node.cpu_milli - shape.cpu_milli);
   auto used = [&](int64_t left) { return left * parts[enough_[static_cast<size_t>(left)]]; };
@@ -136,8 +138,9 @@ int64_t Known::fragment_after(const Node& node, const Shape& shape) const {
     return fragment_of(parts, total, left, node.whole - shape.gpus);
   }
   int64_t least = INT64_MAX;
-  for (int16_t left : node.gpus) {
-    if (left < shape.gpu_milli) continue;
+  for (size_t i = 0; i < node.gpus.size(); ++i) {
+    int16_t left = node.gpus[i];
+    if (left < shape.gpu_milli || (i && left == node.gpus[i - 1])) continue;
     int64_t after = usable - used(left) + used(left - shape.gpu_milli);
     least = std::min(least, fragment_of(parts, total, after, node.whole - (left == kGpuMilli)));
   }
@@ -171,14 +174,14 @@ int64_t Known::usable_worth(uint32_t kind, int64_t gpus, int64_t cpu_milli, int6
   return gpus * std::min(cpu, memory) / kWorth;
 }
 
-int64_t Known::worth(const Node& node) const {
+int64_t Known::worth(const State& node) const {
   if (models_[node.kind] < 0) return node.total * kWorth / kGpuMilli;
   int64_t gpus = 0;
   for (int16_t left : node.gpus) gpus += gpu_worth(node.kind, left);
   return usable_worth(node.kind, gpus, node.cpu_milli, node.memory_mib);
 }
 
-int64_t Known::worth_after(const Node& node, const Shape& shape) const {
+int64_t Known::worth_after(const State& node, const Shape& shape) const {
   int64_t taken = int64_t(shape.gpus) * shape.gpu_milli;
   if (models_[node.kind] < 0) return (node.total - taken) * kWorth / kGpuMilli;
   int64_t cpu_milli = node.cpu_milli - shape.cpu_milli, memory_mib = node.memory_mib - shape.memory_mib;
@@ -223,14 +226,14 @@ std::vector<int> tightest(const Levels& gpus, const Shape& shape) {
   return fitting;
 }
 
-int64_t best_fit(const Node& node, const Shape& shape) {
+int64_t best_fit(const State& node, const Shape& shape) {
   Wide spare = Wide(node.cpu_milli - shape.cpu_milli) * kGpuUnit +
                Wide(node.total - int64_t(shape.gpus) * shape.gpu_milli) * kCpuUnit;
-  Wide whole = 2 * kCpuUnit * kGpuUnit;
+  constexpr int64_t whole = 2 * kCpuUnit * kGpuUnit;
   return divided(kQuanta * (whole - spare), whole);
 }
 
-int64_t packing(const Node& node, const Shape& shape) {
+int64_t packing(const State& node, const Shape& shape) {
   if (!shape.gpus) return 0;
   if (static_cast<size_t>(node.whole) == node.gpus.size()) return std::max<int64_t>(kQuanta / 3 - node.whole, node.whole);
   int64_t fresh = 0, spare = 0;
@@ -243,7 +246,7 @@ int64_t packing(const Node& node, const Shape& shape) {
   return std::max(kQuanta - spare / 10, kQuanta / 2);
 }
 
-int64_t clustering(const Node& node, const Shape& shape) {
+int64_t clustering(const State& node, const Shape& shape) {
   if (!shape.gpus) return 0;
   bool beside = std::any_of(node.held.begin(), node.held.end(), [&](auto& one) { return one.first == shape.sort(); });
   int64_t quarter = beside ? (node.held.size() == 1 ? 3 : 2) : (node.held.empty() ? 1 : 0);
@@ -251,8 +254,8 @@ int64_t clustering(const Node& node, const Shape& shape) {
   return kQuanta / 4 * (used + quarter * kGpuUnit) / kGpuUnit;
 }
 
-std::pair<int64_t, std::vector<int>> dot_product(const Node& node, const Shape& shape) {
-  Wide full = 2 * Wide(kCpuUnit) * kCpuUnit;
+std::pair<int64_t, std::vector<int>> dot_product(const State& node, const Shape& shape) {
+  constexpr int64_t full = 2 * kCpuUnit * kCpuUnit;
   Wide wanted = Wide(shape.gpus) * shape.gpu_milli * (kCpuUnit / kGpuUnit) * (kCpuUnit / kGpuUnit);
   std::pair<int64_t, std::vector<int>> best{kNone, {}};
   auto offer = [&](int64_t left, std::vector<int> gpus) {

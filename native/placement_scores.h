@@ -43,18 +43,14 @@ struct Kind {
 
 using Levels = std::vector<int16_t>;  // milli free of each GPU
 
-// What deciding reads of a node is one line of the processor's cache.
-struct alignas(64) Node {
-  uint64_t order = 0;  // as the names
-  size_t changed = 0;  // its last place in the log
+// What is free of a node, and what it is. What deciding reads of it is one line of the processor's
+// cache.
+struct alignas(64) State {
   int64_t cpu_milli = 0, memory_mib = 0;
   int64_t value = 0;  // of what is free: fragments (FGD), worth (priced)
   uint32_t kind = 0;
   int32_t total = 0;            // free of its GPUs
   int16_t most = 0, whole = 0;  // free on one GPU; of GPUs
-  bool is_there = false, is_open = false;
-
-  uint64_t lot = 0;
   Levels gpus;
   std::vector<std::pair<int, int>> held;  // sorts of its GPU workers, and how many
 
@@ -89,11 +85,11 @@ class Known {
   size_t kinds() const { return kinds_.size(); }
   void learn(std::vector<Typical> typical, std::vector<int64_t> steps);
   void price(Prices prices);
-  int64_t fragment(const Node& node) const;
-  int64_t worth(const Node& node) const;
+  int64_t fragment(const State& node) const;
+  int64_t worth(const State& node) const;
   // After each choice of GPUs that differs: what is least, of the fragments; most, of the worth.
-  int64_t fragment_after(const Node& node, const Shape& shape) const;
-  int64_t worth_after(const Node& node, const Shape& shape) const;
+  int64_t fragment_after(const State& node, const Shape& shape) const;
+  int64_t worth_after(const State& node, const Shape& shape) const;
   // 100 x the sigmoid of the fragments that go away.
   int64_t score(int64_t gradient) const;
   // In quanta, rounded down.
@@ -126,9 +122,9 @@ uint64_t mixed(uint64_t word);
 uint64_t hashed(std::string_view name);
 // The tightest GPUs for it, in the order of their numbers.
 std::vector<int> tightest(const Levels& gpus, const Shape& shape);
-int64_t best_fit(const Node& node, const Shape& shape);
-int64_t packing(const Node& node, const Shape& shape);
-int64_t clustering(const Node& node, const Shape& shape);
-std::pair<int64_t, std::vector<int>> dot_product(const Node& node, const Shape& shape);
+int64_t best_fit(const State& node, const Shape& shape);
+int64_t packing(const State& node, const Shape& shape);
+int64_t clustering(const State& node, const Shape& shape);
+std::pair<int64_t, std::vector<int>> dot_product(const State& node, const Shape& shape);
 
 }  // namespace leptonic::placement

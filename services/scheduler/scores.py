@@ -1,8 +1,8 @@
 """Policies: what a node is worth to a shape that fits there, and which of its GPUs it takes.
 
 Scores are integers and depend on nothing but the node's state, so that they can be kept, and
-computed again elsewhere (native/placement.cpp has the same formulas). More is better; the pool
-breaks ties by the order of the nodes' names. The formulas are those of FGD's artifact
+computed again elsewhere (native/placement_scores.cpp has the same formulas). More is better; the
+pool breaks ties by the order of the nodes' names. The formulas are those of FGD's artifact
 (hkust-adsl/kubernetes-scheduler-simulator, ATC'23) in integers: their quantisation to 0..100
 decides as much as the formulas do.
 """

@@ -10,7 +10,7 @@ WORKERS_MAX = 1 << 20
 """Of one node: of those that need nothing there is room for that many."""
 
 
-class Shape(msgspec.Struct, frozen=True, order=True):
+class Shape(msgspec.Struct, frozen=True, order=True, cache_hash=True):
     """What one worker needs of one node."""
 
     cpu_milli: int

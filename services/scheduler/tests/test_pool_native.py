@@ -1,5 +1,6 @@
 """The native pool answers as the Python one, step by step, over random walks and all policies."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,62 @@ def test_both_answer_alike(policy: str, steps: list[tuple[Any, ...]]) -> None:
     for name, *arguments in steps:
         getattr(twins, "try_" if name == "try" else name)(*arguments)
         twins.compare()
+
+
+PLACED = (
+    Shape(1000, 100, 1, 500),
+    Shape(1000, 0, 1, 330),
+    Shape(3000, 300, 1, 1000),
+    Shape(4000, 0, 2, 1000),
+    Shape(500, 900),
+)
+PLAN = Prices(
+    models=("T4",),
+    gpu=((0, 100_000, 350_000, 500_000, 1_000_000),),
+    cpu=((0, 600_000, 900_000, 1_000_000),),
+    memory=((0, 900_000, 1_000_000),),
+    cpu_step=2000,
+    memory_step=300,
+)
+
+
+def walk(twins: Twins, names: list[str], steps: int, draw: random.Random) -> None:
+    """Workers and gangs come and end, nodes are shut and opened."""
+    for _ in range(steps):
+        gang = draw.choice((1, 1, 1, 3))
+        twins.place(draw.choice(PLACED), gang, draw.random() < 0.5)
+        if draw.random() < 0.45:
+            twins.finish(draw.randrange(99))
+        if draw.random() < 0.2:
+            twins.open(draw.choice(names), draw.random() < 0.7)
+    twins.compare()
+
+
+@pytest.mark.parametrize("policy", SCORES)
+def test_nodes_that_are_alike_are_told_apart_by_name(policy: str) -> None:
+    """Of two kinds, so that most of the time several share what is free; and come to share it by
+    different ways, with other GPUs taken."""
+    twins, draw = Twins(policy), random.Random(policy)
+    names = [f"n{i:02}" for i in range(12)]
+    for name in draw.sample(names, len(names)):
+        model = MODELS[int(name[1:]) % 2]
+        twins.join(Machine(name, 16_000, 2000, 4, model))
+    twins.learn([(PLACED[0], 4), (PLACED[2], 3), (PLACED[3], 1)])
+    twins.price(PLAN)
+    walk(twins, names, 200, draw)
+
+
+@pytest.mark.parametrize("policy", ["best_fit", "fgd", "priced"])
+def test_nodes_that_all_differ_are_each_looked_at(policy: str) -> None:
+    """More of them than there is room for at first, and some come later."""
+    twins, draw = Twins(policy), random.Random(policy)
+    names = [f"n{i:02}" for i in range(90)]
+    twins.learn([(PLACED[0], 4), (PLACED[3], 1)])
+    twins.price(PLAN)
+    for part in (names[::3], names[1::3], names[2::3]):
+        for name in part:
+            twins.join(Machine(name, 4000 + 97 * int(name[1:]), 2000, 2, MODELS[int(name[1:]) % 2]))
+        walk(twins, part, 30, draw)
 
 
 def test_many_names_in_any_order_keep_their_order() -> None:
