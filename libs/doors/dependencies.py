@@ -2,19 +2,22 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
 
 from libs.bus import Bus
 from libs.database import Database
-from libs.objectstore import ObjectStore
+
+if TYPE_CHECKING:  # who has no object store need not wait 0.1 s for its client
+    from libs.objectstore import ObjectStore
 
 POLL_S = 5.0
 PATIENCE_S = 5.0
 UP = Gauge("leptonic_dependency_up", "1 when it answers this service, else 0", ["dependency"])
 
 
-async def watch(db: Database, bus: Bus, objects: ObjectStore | None = None) -> None:
+async def watch(db: Database, bus: Bus, objects: "ObjectStore | None" = None) -> None:
     """Until cancelled."""
 
     async def connected() -> bool:

@@ -317,7 +317,7 @@ def restore(state: State) -> Scheduler:
     scheduler.sequence, scheduler.token = state.sequence, state.token
     scheduler.number = state.number
     scheduler.reservation, scheduler.looked_at = state.reservation, state.looked_at
-    scheduler.jobs = {job.key: job for job in state.jobs}
+    scheduler.jobs = {(job.request.project, job.request.job): job for job in state.jobs}
     scheduler.finished.extend(state.finished)
     scheduler.deployments = {one.key: one for one in state.deployments}
     scheduler.quota.apply(state.specs)
@@ -333,7 +333,7 @@ def restore(state: State) -> Scheduler:
         scheduler.models[node.gpu_model] += 1
         scheduler.machines[node.node] = node.machine
         scheduler.pool.join(node.machine)
-    resume.placed(scheduler, state.jobs)
+    resume.placed(scheduler)
     for node in scheduler.nodes.values():
         scheduler.pool.open(node.node, node.state == HEALTHY)
     for job in state.jobs:
