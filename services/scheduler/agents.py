@@ -12,6 +12,8 @@ from libs.doors.serve import background, until_stopped
 from libs.settings import Common
 from services.scheduler.agent import Agent, Engine
 
+RAY = "http://127.0.0.1:8265"
+
 
 class Settings(Common, frozen=True, kw_only=True):
     node: Annotated[str, Meta(description="this node's name; unique")] = "agent"
@@ -20,6 +22,8 @@ class Settings(Common, frozen=True, kw_only=True):
     memory_mib: Annotated[int, Meta(description="memory offered to the scheduler")] = 4096
     gpus: Annotated[int, Meta(ge=0, description="GPUs offered to the scheduler")] = 0
     gpu_model: Annotated[str, Meta(description="their model, as jobs ask for it")] = ""
+    ray_address: Annotated[str, Meta(description="of the Ray cluster's dashboard")] = RAY
+    ray_token: Annotated[str, Meta(description="the Ray cluster's, if it wants one")] = ""
 
     @property
     def folder_of_node(self) -> Path:

@@ -4,40 +4,44 @@ The test holds the other end, so also when it is killed: `timeout` sends SIGTERM
 finishes no fixture, and a shim is made to outlive whoever started it.
 """
 
+import contextlib
 import fcntl
 import os
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
-TRIES_MAX = 250
-TRY_S = 0.02
+END_S = 10
+"""For all of them to be gone; then SIGALRM ends this process."""
 
 
-def is_held(lock: Path) -> bool:
+def shims(folder: Path) -> Iterator[int]:
+    for one in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (one / "cmdline").read_bytes().decode().split("\0")
+            if any(word.endswith("/shim.py") for word in words) and is_below(words, folder):
+                yield int(one.name)
+
+
+def is_below(words: list[str], folder: Path) -> bool:
+    return any(word.startswith(f"{folder}/") for word in words)
+
+
+def until_gone(lock: Path) -> None:
+    """A shim holds its lock for as long as it lives, and its command ends with it."""
     with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
-
-
-def end(shim: Path) -> None:
-    """Until it is gone: it may not have said its process id yet. Its command goes with it."""
-    for _ in range(TRIES_MAX):
-        if not is_held(shim / "lock"):
-            return
-        if (shim / "pid").exists():
-            os.kill(int((shim / "pid").read_text()), signal.SIGKILL)
-        time.sleep(TRY_S)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def main(folder: Path) -> None:
     sys.stdin.read()
+    signal.alarm(END_S)
+    for shim in shims(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(shim, signal.SIGKILL)
     for lock in folder.glob("**/workers/*/lock"):
-        end(lock.parent)
+        until_gone(lock)
 
 
 if __name__ == "__main__":
