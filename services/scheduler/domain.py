@@ -108,13 +108,13 @@ class Scheduler(Fleet):
         if elastic.concerns(self, stimulus) or (self.freed and self.deployments):
             elastic.settle(self)
         self.place_what_fits()
-        self.evicted.clear()
-        self.forget()
         evicted = 0
         while self.deployments and len(self.evicted) > evicted:  # room beside who evicted them
             evicted = len(self.evicted)
             elastic.settle(self)
             self.place_what_fits()
+        self.evicted.clear()
+        self.forget()
         decided, self.decided = self.decided, []
         return decided
 
