@@ -51,7 +51,7 @@ def check_placed(scheduler: "Scheduler", placed: list[Job]) -> None:
     for queue, amounts in scheduler.quota.used.items():
         assert {n: v for n, v in amounts.items() if v} == dict(used.get(queue, {})), queue
     entries = [entry for queue in scheduler.running.values() for entry in queue]
-    assert sorted(-token for _, token, _ in entries) == sorted(tokens)
+    assert sorted(token for _, token, _ in entries) == sorted(tokens)
     assert all(queue == sorted(queue) for queue in scheduler.running.values())
     known = [job for job in placed if job.request.duration_s]
     assert scheduler.ends == sorted((*scheduler.end_of(job), job) for job in known)

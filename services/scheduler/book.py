@@ -92,7 +92,8 @@ class Book:
         self.on_node: dict[str, dict[Key, None]] = {}
         """In the order of their tokens."""
         self.running: dict[str, list[tuple[int, int, Job]]] = {}
-        """Of each queue what is placed, by (rank, -token): who gives way first."""
+        """Of each queue what is placed, by (-rank, token): who gives way last. What comes is at the
+        end: in front of 90,000 it took 25 us."""
         self.ends: list[tuple[float, int, Job]] = []
         """When what is placed ends at the latest, where that is known; by token."""
         self.models: Counter[str] = Counter()
@@ -292,7 +293,7 @@ class Book:
             node.allocated = plus(node.allocated, job.need_of(len(part.gpus)))
             self.on_node.setdefault(part.node, {})[job.key] = None
         self.quota.take(job.request.queue, amounts_placed(job.ask, placement))
-        entry = (placement.rank, -placement.token, job)
+        entry = (-placement.rank, placement.token, job)
         bisect.insort(self.running.setdefault(job.request.queue, []), entry)
         self.note_end(job)
 
@@ -309,7 +310,7 @@ class Book:
         self.quota.take(job.request.queue, amounts_placed(job.ask, placement), -1)
         self.loosened.add(job.request.queue)
         queue = self.running[job.request.queue]
-        queue.pop(bisect.bisect_left(queue, (placement.rank, -placement.token)))
+        queue.pop(bisect.bisect_left(queue, (-placement.rank, placement.token)))
         self.forget_end(job)
 
     def end_of(self, job: Job) -> tuple[float, int]:
@@ -342,7 +343,7 @@ class Book:
 
     def running_of(self, queue: str) -> list[Job]:
         """What is placed, in the order in which it gives way."""
-        return [job for _, _, job in self.running.get(queue, ())]
+        return [job for _, _, job in reversed(self.running.get(queue, ()))]
 
     def ends_until(self, at: float, most: int) -> list[Job]:
         last = bisect.bisect_right(self.ends, at, key=lambda one: one[0])

@@ -16,7 +16,7 @@ from psycopg.rows import DictRow
 
 from libs.bus import Bus, loop
 from libs.database import TRANSIENT
-from services.scheduler import lease, meters, planning
+from services.scheduler import garbage, lease, meters, planning
 from services.scheduler.domain import Scheduler
 from services.scheduler.follower import Follower, following
 from services.scheduler.handlers import HANDLERS, Context
@@ -56,9 +56,9 @@ async def lead(context: Context, bus: Bus) -> None:
                 try:
                     writer.committed, writer.connection = None, connection
                     writer.leading.set()
-                    await work(context, bus, connection, follower)
+                    with garbage.spared():
+                        await work(context, bus, connection, follower)
                 finally:
-                    gc.unfreeze()
                     await writer.stop_keeping()
                     writer.connection = None
                     writer.leading.clear()

@@ -69,7 +69,7 @@ def hold(book: Book, found: Sequence[Held]) -> None:
     for token, key, job, _, placement in found:
         for part in placement.parts:
             on_node.setdefault(part.node, {})[key] = None
-        running.setdefault(job.request.queue, []).append((placement.rank, -token, job))
+        running.setdefault(job.request.queue, []).append((-placement.rank, token, job))
         if job.request.duration_s:
             ends.append((*book.end_of(job), job))
     for queue in running.values():

@@ -35,11 +35,11 @@ APPEND = b"copy log (sequence, at, name, stimulus, decided) from stdin (format b
 APPENDED = ("int8", "float8", "text", "bytea", "text")
 REMEMBER = """
     insert into job (project, job, number, state)
-    select * from unnest(%s::text[], %s::text[], %s::bigint[], %s::bytea[])
+    select * from unnest(%b::text[], %b::text[], %b::bigint[], %b::bytea[])
     on conflict (project, job) do update set number = excluded.number, state = excluded.state
 """
 FORGET = """
-    delete from job using unnest(%s::text[], %s::text[]) as gone (project, job)
+    delete from job using unnest(%b::text[], %b::text[]) as gone (project, job)
     where (job.project, job.job) = (gone.project, gone.job)
 """
 JOBS = """

@@ -1,0 +1,41 @@
+"""What lives long is looked at by the collector once, and garbage among it goes in the end."""
+
+import gc
+import weakref
+
+import pytest
+
+from services.scheduler import garbage
+
+
+class Loop:
+    """Refers to itself: nothing but the collector frees it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_what_a_full_collection_leaves_is_not_looked_at_again() -> None:
+    with garbage.spared():
+        living = Loop()
+        assert any(one is living for one in gc.get_objects())
+        gc.collect()
+        assert not any(one is living for one in gc.get_objects())
+    assert any(one is living for one in gc.get_objects())
+    assert gc.get_freeze_count() == 0
+
+
+def test_garbage_that_was_spared_goes_at_the_next_thaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(garbage, "monotonic", lambda: now)
+    with garbage.spared():
+        left = Loop()
+        gone = weakref.ref(left)
+        gc.collect()
+        del left
+        gc.collect()
+        assert gone() is not None
+        now += garbage.THAW_S
+        gc.collect()
+        gc.collect()
+        assert gone() is None
