@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
-from services.inference import layout, mlserver, modelconfig, models, sequences
+from services.inference import layout, mlserver, modelconfig, models, sequences, warmup
 from services.inference.instances import Instances
 from services.inference.isolated import Isolated
 from services.inference.layout import Plan, Version
@@ -39,6 +39,11 @@ def build(plan: Plan, version: Version) -> Built:
         model, config = build_one(plan, version)
     except OSError as error:
         raise Misconfigured(f"{error.filename or version.file}: {error.strerror}") from error
+    try:
+        warmup.warm_up(model, config, plan.folder)
+    except (Misconfigured, Unloadable):
+        model.close()
+        raise
     if not config.backend:
         config.backend = plan.backend
     if not config.platform and plan.backend != modelconfig.PYTHON:
