@@ -4,8 +4,9 @@ HTTP and the bus carry these bodies. The JSON's length travels in the header `HE
 binary tensors follow; they come in the order in which the JSON names them.
 """
 
+import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic_ns
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from services.inference.endpoints import Endpoints
 from services.inference.protocol import RESERVED, Wish, empty_final_of
 from services.inference.server import Unsupported
 from services.inference.sharedmemory import SharedMemory, Window
-from services.inference.tensors import Array, Given
+from services.inference.tensors import Array, Given, flattened
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 LENGTH = re.compile(r"\d{1,18}", re.ASCII)
@@ -33,6 +34,10 @@ NS, US = 1e9, 1000
 """In ns: a second, a microsecond."""
 BINARY_SIZE = "binary_data_size"
 BINARY_ALL = "binary_data_output"
+IN_PLACE_BYTES = 64 << 10
+"""What is read or (de)compressed sooner than a thread is found."""
+Values = tuple[Any, ...] | None
+"""Flat, row-major; None of an input whose values are elsewhere."""
 
 
 class InputTensor(msgspec.Struct, frozen=True):
@@ -96,8 +101,11 @@ class Exchange:
     ) -> Body:
         """Raises `Refused`. `patience_s`: what a caller waits at most, by the request's `timeout`
         perhaps less; 0 for as long as it takes."""
-        request, binary = split(body, header_length)
-        given = given_of(request, binary, self.memory)
+        if len(body) > IN_PLACE_BYTES:
+            request, values, binary = await asyncio.to_thread(split, body, header_length)
+        else:
+            request, values, binary = split(body, header_length)
+        given = given_of(request, values, binary, self.memory)
         wishes = wishes_of(request, self.memory)
         deadline_ns = deadline_of(request, patience_s) if patience_s else 0
         await self.endpoints.bring(model, deadline_ns)
@@ -123,14 +131,16 @@ def deadline_of(request: InferRequest, patience_s: float) -> int:
     return monotonic_ns() + int(min(left_ns, timeout_us * US) if asked else left_ns)
 
 
-def split(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
-    """The request, and what follows it."""
+def split(body: bytes, header_length: str | None) -> tuple[InferRequest, list[Values], bytes]:
+    """The request, the values of each input, and what follows it."""
     length = len(body)
     if header_length is not None:
         if not LENGTH.fullmatch(header_length) or int(header_length) > length:
             raise Invalid(f"{header_length[:20]!r} of a body of {length} bytes", HEADER_LENGTH)
         length = int(header_length)
-    return decoded(body[:length], InferRequest), body[length:]
+    request: InferRequest = decoded(body[:length], InferRequest)
+    values = [None if one.data is None else tuple(flattened(one.data)) for one in request.inputs]
+    return request, values, body[length:]
 
 
 def decoded(body: bytes, kind: type[Any]) -> Any:
@@ -150,9 +160,11 @@ def parameters_of(request: InferRequest) -> dict[str, Parameter]:
     }
 
 
-def given_of(request: InferRequest, binary: bytes, memory: SharedMemory) -> list[Given]:
+def given_of(
+    request: InferRequest, values: Sequence[Values], binary: bytes, memory: SharedMemory
+) -> list[Given]:
     given, position = [], 0
-    for tensor in request.inputs:
+    for tensor, listed in zip(request.inputs, values, strict=True):
         window = memory.window(tensor.name, tensor.parameters)
         size = tensor.parameters.get(BINARY_SIZE)
         check_one_source(tensor, window, size)
@@ -160,7 +172,7 @@ def given_of(request: InferRequest, binary: bytes, memory: SharedMemory) -> list
         if size is not None:
             raw = binary[position : position + checked(tensor.name, size, len(binary) - position)]
             position += len(raw)
-        given.append(Given(tensor.name, tensor.datatype, tensor.shape, raw, tensor.data))
+        given.append(Given(tensor.name, tensor.datatype, tensor.shape, raw, listed))
     if position != len(binary):
         raise Invalid(f"{len(binary) - position} bytes after the last binary input", "body")
     return given

@@ -11,11 +11,9 @@ from starlette.responses import Response
 from libs.doors import Exhausted
 from libs.doors.serve import MESSAGE_BYTES_MAX
 from services.inference import compression
-from services.inference.bodies import BINARY, HEADER_LENGTH, JSON, Body, decoded
+from services.inference.bodies import BINARY, HEADER_LENGTH, IN_PLACE_BYTES, JSON, Body, decoded
 from services.inference.compression import TooLarge
 
-IN_PLACE_BYTES = 64 << 10
-"""What is (de)compressed sooner than a thread is found."""
 HELD_BYTES_MAX = 1 << 30
 """Of bodies that are not all there, of all clients together."""
 S = TypeVar("S", bound=msgspec.Struct)

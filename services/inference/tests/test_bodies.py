@@ -34,10 +34,10 @@ def asked(*inputs: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def read(body: bytes, header_length: str | None = None) -> list[Given]:
-    request, binary = split(body, header_length)
+    request, values, binary = split(body, header_length)
     wishes_of(request, NOWHERE)
     parameters_of(request)
-    return given_of(request, binary, NOWHERE)
+    return given_of(request, values, binary, NOWHERE)
 
 
 def test_binary_tensors_follow_in_the_order_of_the_inputs() -> None:
@@ -49,7 +49,7 @@ def test_binary_tensors_follow_in_the_order_of_the_inputs() -> None:
         )
     ).encode()
     a, b, c = read(head + b"aaacc", str(len(head)))
-    assert (a.raw, b.values, c.raw) == (b"aaa", [1.5], b"cc")
+    assert (a.raw, b.values, c.raw) == (b"aaa", (1.5,), b"cc")
 
 
 WRONG: list[tuple[Any, bytes, str]] = [
