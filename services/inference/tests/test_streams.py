@@ -18,6 +18,8 @@ from services.inference.tests.desk import (
     STATEFUL,
     Desk,
     counter,
+    double,
+    doubled,
     number,
     numbers,
     request,
@@ -45,15 +47,26 @@ def is_final(answer: oip.ModelStreamInferResponse) -> bool:
 
 async def test_a_stream_answers_in_order_and_shares_batches(desk: Desk) -> None:
     count = 3 * PENDING_MAX
-    model = desk.endpoints.served("double", "").model
+    model, go_on = double(), threading.Event()
+
+    def held(inputs: Arrays) -> Arrays:
+        assert go_on.wait(60)
+        return doubled(inputs)
+
+    model.function = held
+    await desk.serve("double", model)
+    version = desk.endpoints.served("double", "")
     asked = [request("double", row(n, 0), [1, 2]) for n in range(count)]
     for n, one in enumerate(asked):
         one.id = f"r{n}"
-    answers = await streamed(desk, *asked)
+    answering = asyncio.create_task(streamed(desk, *asked))
+    await eventually(lambda: version.batcher.counts().waiting > 1)
+    go_on.set()
+    answers = await answering
     assert [one.infer_response.id for one in answers] == [f"r{n}" for n in range(count)]
     assert [numbers(one.infer_response)[0] for one in answers] == [2 * n for n in range(count)]
     assert all(is_final(one) for one in answers)
-    assert max(model.rows) > 1  # type: ignore[attr-defined]
+    assert max(model.rows) > 1
 
 
 async def test_an_error_in_a_stream_is_an_answer(desk: Desk) -> None:
