@@ -18,7 +18,7 @@ Batch::Batch(std::shared_ptr<Batcher> home, Requests requests, int64_t taken_ns)
   stops_.reserve(requests_.size());
   for (auto& request : requests_) {
     stops_.push_back(stop += request->rows);
-    if (request->id.empty()) request->id = new_id();
+    if (request->id.empty()) draw_id(request->id);
     if (request->marks.traced && request->place.empty())
       request->place = place_under(request->parent);
   }
@@ -68,16 +68,15 @@ void Batch::gather(size_t input, char* to) const {
   }
 }
 
-Mail Batch::reply(size_t index, const std::vector<OutputView>& views) {
+Mail Batch::reply(size_t index, std::vector<OutputView>& views) {
   Request& request = *requests_[index];
   const Lane& lane = home_->lane;
   std::array<Output, kTensorsMax> outputs;
-  std::array<Shape, kTensorsMax> shapes;
   size_t count = 0;
   for (size_t i = 0; i < views.size(); ++i) {
     if (!(request.outputs >> i & 1)) continue;
     size_t bytes = lane.outputs[i].item_bytes, offset = 0;
-    Shape& shape = shapes[i] = views[i].shape;
+    Shape& shape = views[i].shape;
     for (size_t dim = lane.batched; dim < shape.rank; ++dim)
       bytes *= static_cast<size_t>(shape.dims[dim]);
     if (lane.batched) {
@@ -93,7 +92,7 @@ Mail Batch::reply(size_t index, const std::vector<OutputView>& views) {
   return {Mail::kAnswer, request.call};
 }
 
-void Batch::answer(const std::vector<OutputView>& views) {
+void Batch::answer(std::vector<OutputView> views) {
   assert(!is_over_);
   is_over_ = true;
   std::vector<Mail> mails;

@@ -103,7 +103,7 @@ class Batch {
   bool is_one_kind() const;
   void gather(size_t input, char* to) const;
   // `views` in the order of the signature, checked. Guests are the caller's to tell.
-  void answer(const std::vector<OutputView>& views);
+  void answer(std::vector<OutputView> views);
   void fail(int code, const std::string& text);
   std::vector<std::unique_ptr<Batch>> split();
 
@@ -121,7 +121,7 @@ class Batch {
   void end_inferring();
 
  private:
-  Mail reply(size_t index, const std::vector<OutputView>& views);
+  Mail reply(size_t index, std::vector<OutputView>& views);
 
   std::shared_ptr<Batcher> home_;
   Requests requests_;

@@ -286,7 +286,7 @@ void PyBatch::tell(nb::dict outputs) const {
     const Request& request = *core_->requests()[i];
     int64_t start = core_->start(i);
     tell_waiter(caller_of(request)->waiter, "answered", outputs, start, start + request.rows, rows(),
-                core_->taken_ns() - request.arrived_ns, request.is_noted() ? note(i) : nb::none());
+                request.is_noted() ? note(i) : nb::none());
   }
 }
 

@@ -3,8 +3,7 @@
 #include <sys/random.h>
 
 #include <algorithm>
-#include <array>
-#include <cstdlib>
+#include <bit>
 #include <limits>
 
 namespace leptonic {
@@ -15,37 +14,47 @@ constexpr double kNs = 1e9;
 constexpr std::string_view kDigits = "0123456789abcdef";
 constexpr size_t kTraceAt = 3, kTraceHex = 32, kSpanAt = 36, kSpanHex = 16, kFlagsAt = 53;
 constexpr size_t kParentChars = 55;
+constexpr size_t kIdHex = 32;
 
-// The kernel's randomness, bought by the page: a call costs more than 16 bytes are worth.
+// xoshiro256** (Blackman and Vigna), begun by the kernel: ids must differ, nobody's secret hangs on them.
 class Dice {
  public:
-  uint8_t byte() {
-    if (at_ == page_.size()) refill();
-    return page_[at_++];
+  Dice() {
+    size_t filled = 0;
+    while (filled < sizeof state_) {
+      ssize_t got = getrandom(reinterpret_cast<char*>(state_) + filled, sizeof state_ - filled, 0);
+      if (got > 0) filled += static_cast<size_t>(got);
+    }
+  }
+
+  uint64_t next() {
+    uint64_t drawn = std::rotl(state_[1] * 5, 7) * 9, kept = state_[1] << 17;
+    state_[2] ^= state_[0];
+    state_[3] ^= state_[1];
+    state_[1] ^= state_[2];
+    state_[0] ^= state_[3];
+    state_[2] ^= kept;
+    state_[3] = std::rotl(state_[3], 45);
+    return drawn;
   }
 
  private:
-  void refill() {
-    size_t filled = 0;
-    while (filled < page_.size()) {
-      ssize_t got = getrandom(page_.data() + filled, page_.size() - filled, 0);
-      if (got > 0) filled += static_cast<size_t>(got);
-    }
-    at_ = 0;
-  }
-
-  std::array<uint8_t, 4096> page_;
-  size_t at_ = page_.size();
+  uint64_t state_[4];
 };
 
-std::string random_hex(size_t digits) {
+void draw_hex(std::string& text, size_t digits) {
   thread_local Dice dice;
-  std::string text(digits, '0');
-  for (size_t i = 0; i < digits; i += 2) {
-    uint8_t byte = dice.byte();
-    text[i] = kDigits[byte >> 4];
-    text[i + 1] = kDigits[byte & 15];
+  text.resize(digits);
+  uint64_t drawn = 0;
+  for (size_t i = 0; i < digits; ++i, drawn >>= 4) {
+    if (i % 16 == 0) drawn = dice.next();
+    text[i] = kDigits[drawn & 15];
   }
+}
+
+std::string random_hex(size_t digits) {
+  std::string text;
+  draw_hex(text, digits);
   return text;
 }
 
@@ -97,7 +106,7 @@ Sampler::Marks Sampler::arrived(std::string_view parent, int64_t now_ns) {
   return marks;
 }
 
-std::string new_id() { return random_hex(32); }
+void draw_id(std::string& id) { draw_hex(id, kIdHex); }
 
 std::string place_under(std::string_view parent) {
   std::string trace = is_parent(parent) ? std::string(parent.substr(kTraceAt, kTraceHex))

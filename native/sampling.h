@@ -50,8 +50,8 @@ class Sampler {
   Bucket logs_{0};
 };
 
-// A new id, and the traceparent of a new span below `parent`.
-std::string new_id();
+// A new id instead of what is there, in the same memory; the traceparent of a new span below `parent`.
+void draw_id(std::string& id);
 std::string place_under(std::string_view parent);
 
 }  // namespace leptonic

@@ -18,6 +18,7 @@ constexpr int32_t kConnectionWindow = 16 << 20;
 constexpr size_t kKeptBytes = 4 << 10;        // of a buffer that the next stream uses again
 constexpr size_t kReservedBytes = 256 << 10;  // before they have come: more is only a claim
 constexpr size_t kToldBytes = 256 << 10;      // sent, before Python is told
+constexpr size_t kOwedBytes = 64 << 10;       // of a window, before nghttp2 is told: it waits for half of one
 
 using Nv = nghttp2_nv;
 
@@ -154,7 +155,7 @@ Session::Session(Desk& desk, uint64_t number, std::string from)
     : serial(number), peer(std::move(from)), desk_(desk) {
   static nghttp2_session_callbacks* callbacks = Callbacks::table();
   static nghttp2_option* options = Callbacks::options();
-  if (nghttp2_session_server_new2(&http_, callbacks, this, options) != 0) throw std::bad_alloc();
+  if (nghttp2_session_server_new3(&http_, callbacks, this, options, desk_.pool.memory()) != 0) throw std::bad_alloc();
   const nghttp2_settings_entry settings[] = {
       {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, kStreamsMax},
       {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, kStreamWindow},
@@ -202,6 +203,7 @@ Stream& Session::acquire(int32_t id) {
   stream.id = id;
   stream.arrived_ns = now_ns_;
   nghttp2_session_set_stream_user_data(http_, id, &stream);
+  latest_ = &stream;
   ++open_;
   return stream;
 }
@@ -211,7 +213,7 @@ void Session::release(Stream& stream) {
   if (stream.way == Stream::kSlow && !stream.finished) desk_.gone(*this, stream);
   partial_ -= stream.body.size();
   held_ -= stream.held;
-  desk_.gathered -= stream.body.size() + stream.held;
+  desk_.let_go(stream.body.size() + stream.held);
   unsent_ -= stream.out.size() - stream.out_at;
   for (auto* text : {&stream.path, &stream.method, &stream.content_type, &stream.authorization, &stream.encoding,
                      &stream.parent, &stream.headers, &stream.body, &stream.out, &stream.text})
@@ -229,8 +231,12 @@ void Session::release(Stream& stream) {
   refill_connection();
 }
 
-Stream* Session::find(int32_t id) const {
-  return static_cast<Stream*>(nghttp2_session_get_stream_user_data(http_, id));
+// Each header of a request asks for the same one. A stream that is free has the id 0.
+Stream* Session::find(int32_t id) {
+  if (latest_ && latest_->id == id) return latest_;
+  auto* found = static_cast<Stream*>(nghttp2_session_get_stream_user_data(http_, id));
+  if (found) latest_ = found;
+  return found;
 }
 
 void Session::on_header(Stream& stream, std::string_view name, std::string_view value) {
@@ -251,7 +257,8 @@ void Session::on_header(Stream& stream, std::string_view name, std::string_view 
   } else if (name == "grpc-encoding") {
     stream.encoding = value;
   }
-  stream.headers.append(name).append(1, '\0').append(value).append(1, '\0');
+  // nghttp2 puts a NUL behind each.
+  stream.headers.append(name.data(), name.size() + 1).append(value.data(), value.size() + 1);
 }
 
 void Session::on_opened(Stream& stream) {
@@ -276,7 +283,7 @@ void Session::on_data(Stream& stream, std::string_view bytes) {
   if (stream.way != Stream::kOver) {
     stream.body.append(bytes);
     partial_ += bytes.size();
-    desk_.gathered += bytes.size();
+    desk_.gather(bytes.size());
     bool is_more = stream.way == Stream::kFast && stream.body.size() >= kPrefixBytes &&
                    stream.body.size() > kPrefixBytes + message_bytes(stream.body);
     if (check_size(stream) && is_more) to_python(stream);
@@ -342,7 +349,7 @@ void Session::hold(Stream& stream, size_t bytes, size_t cost) {
   partial_ -= bytes;
   stream.held += bytes + cost;
   held_ += bytes + cost;
-  desk_.gathered += cost;
+  desk_.gather(cost);
 }
 
 void Session::to_python(Stream& stream) {
@@ -377,8 +384,9 @@ void Session::pass_messages(Stream& stream) {
 void Session::refill(Stream& stream, size_t given_back) {
   stream.held -= given_back;
   held_ -= given_back;
-  desk_.gathered -= given_back;
-  if (stream.way != Stream::kSlow || stream.held < kUnreadBytesMax) {
+  desk_.let_go(given_back);
+  bool may_grow = stream.way != Stream::kSlow || stream.held < kUnreadBytesMax;
+  if (may_grow && stream.owed >= kOwedBytes) {
     nghttp2_session_consume_stream(http_, stream.id, stream.owed);
     stream.owed = 0;
   }
@@ -386,7 +394,7 @@ void Session::refill(Stream& stream, size_t given_back) {
 }
 
 void Session::refill_connection() {
-  if (owed_ == 0 || held_ >= kHeldBytesMax) return;
+  if (owed_ < kOwedBytes || held_ >= kHeldBytesMax) return;
   nghttp2_session_consume_connection(http_, owed_);
   owed_ = 0;
 }
@@ -428,7 +436,7 @@ void Session::finish(Stream& stream, int code, std::string text, Pairs trailing)
   stream.batcher.reset();
   stream.ticket = 0;
   partial_ -= stream.body.size();
-  desk_.gathered -= stream.body.size();
+  desk_.let_go(stream.body.size());
   wipe(stream.body);
   refill(stream, stream.held);
   if (!stream.responding) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "mailbox.h"
+#include "pool.h"
 
 namespace leptonic {
 
@@ -70,9 +71,16 @@ class Desk {
   explicit Desk(size_t gathered_max = SIZE_MAX) : gathered_max(gathered_max) {}
   virtual ~Desk() = default;
 
-  // Bytes of requests that are coming or not answered, of all sessions; written by one thread.
+  // Bytes of requests that are coming or not answered, of all sessions.
   std::atomic<size_t> gathered{0};
   const size_t gathered_max;
+  Pool pool;  // of its sessions; outlives them
+
+  // By who is at the helm: one thread at a time writes, and no bus is locked for it.
+  void gather(size_t bytes) {
+    gathered.store(gathered.load(std::memory_order_relaxed) + bytes, std::memory_order_relaxed);
+  }
+  void let_go(size_t bytes) { gather(-bytes); }
 
   virtual bool is_fast(std::string_view path) const = 0;
   virtual bool is_allowed(const Stream& stream) const = 0;
@@ -130,7 +138,7 @@ class Session {
 
   Stream& acquire(int32_t id);
   void release(Stream& stream);
-  Stream* find(int32_t id) const;
+  Stream* find(int32_t id);
 
   void on_header(Stream& stream, std::string_view name, std::string_view value);
   void on_opened(Stream& stream);
@@ -153,6 +161,7 @@ class Session {
   nghttp2_session* http_ = nullptr;
   std::deque<Stream> streams_;  // where they stay
   std::vector<Stream*> free_;
+  Stream* latest_ = nullptr;  // that was asked for
   size_t open_ = 0;
   int64_t now_ns_ = 0;
   size_t held_ = 0;

@@ -87,7 +87,6 @@ class Waiter(Protocol):
         start: int,
         stop: int,
         batch_rows: int,
-        queue_ns: int,
         note: Note | None,
     ) -> None:
         """`outputs` are the batch's; rows start:stop are this request's."""

@@ -164,9 +164,9 @@ class PythonBatch:
     def tell(self, outputs: Arrays) -> None:
         for index, request in enumerate(self.requests):
             if request.waiter is not None:
-                stop, queue_ns = self.stops[index], self.taken_ns - request.arrived_ns
+                stop = self.stops[index]
                 request.waiter.answered(
-                    outputs, stop - request.rows, stop, self.rows, queue_ns, self.noted.get(index)
+                    outputs, stop - request.rows, stop, self.rows, self.noted.get(index)
                 )
 
     def fail(self, code: int, text: str) -> None:

@@ -94,7 +94,6 @@ class Waiting:
         start: int,
         stop: int,
         batch_rows: int,
-        queue_ns: int,
         note: Note | None,
     ) -> None:
         if self.batched:

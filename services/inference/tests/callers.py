@@ -68,7 +68,6 @@ class Told(NamedTuple):
     y: list[list[int]]
     twice: list[float]
     batch_rows: int
-    queue_ns: int
     note: Note | None
 
 
@@ -90,11 +89,10 @@ class Caller:
         start: int,
         stop: int,
         batch_rows: int,
-        queue_ns: int,
         note: Note | None,
     ) -> None:
         y, twice = outputs["y"][start:stop], outputs["twice"][start:stop]
-        self.told.append(Told(y.tolist(), twice.tolist(), batch_rows, queue_ns, note))
+        self.told.append(Told(y.tolist(), twice.tolist(), batch_rows, note))
         self.done.set()
 
     def failed(self, code: int, text: str) -> None:
@@ -108,7 +106,6 @@ class Caller:
         assert isinstance(told, Told), told
         assert told.y == [[self.mark + 1000, row + 1000] for row in range(self.rows)]
         assert told.twice == [self.mark * 2.0] * self.rows
-        assert told.queue_ns >= 0
         return told
 
 

@@ -36,7 +36,7 @@ class Told:
         self.answer: asyncio.Future[Arrays] = self.loop.create_future()
 
     def answered(
-        self, outputs: Arrays, start: int, stop: int, rows: int, queue_ns: int, note: Note | None
+        self, outputs: Arrays, start: int, stop: int, rows: int, note: Note | None
     ) -> None:
         self.loop.call_soon_threadsafe(self.answer.set_result, outputs)
 
