@@ -5,6 +5,7 @@ a future, a timeout, a task. Here a batch is one write, and its acks are read as
 """
 
 import asyncio
+import contextlib
 import json
 import re
 import uuid
@@ -52,13 +53,14 @@ class Pipe:
                     left[f"{self.inbox}.{self.number}"] = one
                 else:
                     unfit.append(one)
+            whole = False
             try:
-                await self.send(address, token, left)
-            except OSError:
-                self.close()
-            except BaseException:
-                self.close()
-                raise
+                with contextlib.suppress(OSError):
+                    await self.send(address, token, left)
+                    whole = True
+            finally:
+                if not whole:
+                    self.close()
             return [*left.values(), *unfit]
 
     async def send(self, address: tuple[str, int], token: str, left: dict[str, Outgoing]) -> None:
