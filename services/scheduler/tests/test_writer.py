@@ -194,10 +194,11 @@ async def test_a_transaction_has_no_more_than_is_handled_at_once(
     writer = Writer(Store(db), BusExecutor())
     sizes = [6, 4, 1, 20, 9, 2]
     wishes = [[job(f"j{size}-{number}") for number in range(size)] for size in sizes]
-    asked = [
-        asyncio.create_task(writer.ask(lambda _, wish=wish: wish, lambda _: None, size=len(wish)))
-        for wish in wishes
-    ]
+
+    async def ask(wish: Sequence[Stimulus]) -> None:
+        await writer.ask(lambda _: wish, lambda _: None, size=len(wish))
+
+    asked = [asyncio.create_task(ask(wish)) for wish in wishes]
     await asyncio.sleep(0)
     assert writer.weight == sum(sizes)
     async with led(writer):
