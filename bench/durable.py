@@ -43,6 +43,7 @@ DRAINED = 5_000
 PASSWORD = "bench"  # noqa: S105 - of a server on loopback that lives for a run
 READY_S = 120
 LOOK_S = 0.25
+FOLLOWED = "leptonic_scheduler_followed_line "
 Row = dict[str, str]
 
 
@@ -265,6 +266,15 @@ async def elsewhere(stub: SchedulerStub, fleet: Fleet) -> float:
     return perf_counter() - began
 
 
+async def has_read_along(world: World, standby: Server) -> bool:
+    """A standby that has just started has not."""
+    written = await world.one("select max(sequence) from scheduler.log")
+    port = standby.program.environment["LEPTONIC_SCHEDULER_HTTP_PORT"]
+    async with httpx.AsyncClient() as client:
+        told = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+    return bool(float(told.partition("\n" + FOLLOWED)[2].split("\n")[0] or 0) >= written)
+
+
 async def measure() -> list[Row]:
     async with world() as one, Fleet(one.nats, NODES, CPU_MILLI) as fleet:
         first, second, third = (one.scheduler() for _ in range(3))
@@ -272,6 +282,7 @@ async def measure() -> list[Row]:
             found = await throughput(one, first, stub)
             moved = await elsewhere(stub, fleet)
             async with running(second) as standby:
+                await eventually(lambda: has_read_along(one, second), READY_S)
                 began = perf_counter()
                 await first.kill()
                 failover = await answered(standby, began)
