@@ -5,8 +5,16 @@ import contextlib
 import functools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
+from typing import Any, ParamSpec, TypeVar
 
 import nats
 import nats.errors
@@ -57,21 +65,29 @@ CLOSE_S = 2
 READ_TIMEOUT_S = 5.0
 
 
-@contextlib.contextmanager
-def cancellable() -> Iterator[None]:
-    """A cancellation in the block ends it, also when what it waits for comes at that moment.
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def cancellable(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A cancellation ends the call, also when what it waits for comes at that moment.
 
     nats-py waits with `asyncio.wait_for`, which forgets the one for the other before Python 3.12
     (cpython issue 86296); whoever waits for the cancelled task would wait for ever.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    before = task.cancelling()
-    try:
-        yield
-    finally:
-        if task.cancelling() > before:
-            raise asyncio.CancelledError
+
+    @functools.wraps(call)
+    async def whole(*args: P.args, **kwargs: P.kwargs) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
+        try:
+            return await call(*args, **kwargs)
+        finally:
+            if task.cancelling() > before:
+                raise asyncio.CancelledError
+
+    return whole
 
 
 class JetStreamDelivery:
@@ -104,10 +120,10 @@ class JetStreamSubscription:
     def __init__(self, pull: JetStreamContext.PullSubscription) -> None:
         self.pull = pull
 
+    @cancellable
     async def fetch(self, limit: int, timeout_s: float) -> list[Delivery]:
         try:
-            with cancellable():
-                messages = await self.pull.fetch(limit, timeout=timeout_s)
+            messages = await self.pull.fetch(limit, timeout=timeout_s)
         except TimeoutError:  # nats-py raises its own, and under load the plain one
             return []
         except (nats.errors.Error, nats.js.errors.Error) as error:
@@ -116,6 +132,7 @@ class JetStreamSubscription:
             return []
         return [JetStreamDelivery(message) for message in messages]
 
+    @cancellable
     async def backlog(self) -> Backlog:
         try:
             info = await self.pull.consumer_info()
@@ -149,6 +166,7 @@ class JetStreamBus:
         assert server.hostname is not None
         return server.hostname, server.port or NATS_PORT
 
+    @cancellable
     async def create_streams(self, streams: Collection[Stream] = STREAMS) -> None:
         """Creates what is missing; what is there is left as an operator has it."""
         for stream in streams:
@@ -176,6 +194,7 @@ class JetStreamBus:
         if stream.is_queue and (known.max_bytes or 0) < stream.size_max_bytes:
             await self.context.update_stream(known, max_bytes=stream.size_max_bytes)
 
+    @cancellable
     async def publish(
         self, subject: str, payload: bytes, *, id: str, headers: Mapping[str, str] | None = None
     ) -> int:
@@ -183,10 +202,9 @@ class JetStreamBus:
         last: Exception | None = None
         for _ in range(PUBLISH_TRIES):
             try:
-                with cancellable():
-                    receipt = await self.context.publish(
-                        subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=complete
-                    )
+                receipt = await self.context.publish(
+                    subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=complete
+                )
             except (nats.errors.Error, nats.js.errors.Error, OSError) as error:
                 last = error
                 await asyncio.sleep(RECONNECT_WAIT_S)
@@ -194,6 +212,7 @@ class JetStreamBus:
                 return receipt.seq
         raise PublishFailed(f"{subject}: no ack after {PUBLISH_TRIES} tries: {last}") from last
 
+    @cancellable
     async def publish_all(self, messages: Sequence[Outgoing]) -> None:
         """What does not get through at once is tried again as any other."""
         left, address = list(messages), self.address
@@ -206,6 +225,7 @@ class JetStreamBus:
             if isinstance(answer, BaseException):
                 raise answer
 
+    @cancellable
     async def subscribe(
         self, stream: Stream, durable: str, subjects: list[str], ack_wait_s: float = 30.0
     ) -> Subscription:
@@ -222,6 +242,7 @@ class JetStreamBus:
         pull = await self.context.pull_subscribe_bind(consumer=durable, stream=stream.name)
         return JetStreamSubscription(pull)
 
+    @cancellable
     async def read(self, stream: Stream, subject: str, after: int, limit: int) -> list[Delivery]:
         try:
             return await self.read_from(stream, subject, after, limit)
@@ -267,14 +288,12 @@ class JetStreamBus:
                 log.warning("%s: %s", subject, error)
             await asyncio.sleep(RECONNECT_WAIT_S)
 
+    @cancellable
     async def request(
         self, subject: str, payload: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
         try:
-            with cancellable():
-                message = await self.client.request(
-                    subject, payload, timeout_s, headers=dict(headers)
-                )
+            message = await self.client.request(subject, payload, timeout_s, headers=dict(headers))
         except (nats.errors.Error, OSError) as error:
             raise NoAnswer(f"{subject}: {error or type(error).__name__}") from error
         return Reply(message.data, message.headers or {})

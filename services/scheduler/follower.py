@@ -6,13 +6,12 @@ decisions may differ although the decisions do not, and its checkpoint would dis
 
 import asyncio
 import contextlib
-import gc
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
 
 from libs.database import TRANSIENT
-from services.scheduler import lease, meters
+from services.scheduler import garbage, lease, meters
 from services.scheduler.domain import Scheduler
 from services.scheduler.jobs import Key
 from services.scheduler.store import Diverged, Store, Unknown
@@ -68,9 +67,9 @@ class Follower:
         if not await lease.leads_alike(self.store.db):
             return
         if self.scheduler is None:
-            self.scheduler = await self.store.load()
+            with garbage.paused():
+                self.scheduler = await self.store.load()
             self.base = self.store.base
-            gc.freeze()
             self.note(self.scheduler)
         else:
             await self.catch_up(self.scheduler)

@@ -37,3 +37,15 @@ def spared() -> Iterator[None]:
     finally:
         gc.callbacks.remove(spare)
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Nothing is looked at in the block, and what it makes is spared at once, until `spared` ends:
+    or a full collection would look at 100,000 jobs that were read, 0.4 s."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

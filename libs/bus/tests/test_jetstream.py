@@ -25,9 +25,9 @@ async def test_a_cancellation_is_kept_although_an_answer_came_with_it() -> None:
     """What a fetch waits for and the end of the service, in one turn of the event loop."""
     answer = asyncio.get_running_loop().create_future()
 
+    @cancellable
     async def fetch() -> None:
-        with cancellable():
-            await asyncio.tasks.wait_for(answer, 60)  # as nats-py does
+        await asyncio.tasks.wait_for(answer, 60)  # as nats-py does
 
     fetching = asyncio.create_task(fetch())
     await asyncio.sleep(0)
@@ -38,13 +38,16 @@ async def test_a_cancellation_is_kept_although_an_answer_came_with_it() -> None:
 
 
 async def test_what_is_done_after_a_cancellation_is_done() -> None:
+    @cancellable
+    async def clean() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
     async def tidy() -> str:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            with cancellable():
-                await asyncio.sleep(0)
-            return "done"
+            return await clean()
         return ""
 
     tidying = asyncio.create_task(tidy())

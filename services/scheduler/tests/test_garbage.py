@@ -26,6 +26,16 @@ def test_what_a_full_collection_leaves_is_not_looked_at_again() -> None:
     assert gc.get_freeze_count() == 0
 
 
+def test_what_was_read_while_it_paused_is_spared_at_once() -> None:
+    with garbage.spared():
+        with garbage.paused():
+            assert not gc.isenabled()
+            living = Loop()
+        assert gc.isenabled()
+        assert not any(one is living for one in gc.get_objects())
+    assert any(one is living for one in gc.get_objects())
+
+
 async def test_garbage_that_was_spared_goes_at_a_thaw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "THAW_S", 0.5)
     with garbage.spared():
