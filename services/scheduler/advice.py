@@ -166,7 +166,8 @@ def minimal(book: Scheduler, claim: Claim, order: list[Job]) -> list[Job] | None
         return []
     if not order or preempt.spots_without(book, claim, order) is None:
         return None
-    return preempt.on_one_node(book, claim, order) or preempt.anywhere(book, claim, order)
+    head = preempt.Head(book, claim)
+    return preempt.on_one_node(head, order, list) or preempt.anywhere(book, claim, order)
 
 
 def serves(book: Scheduler, job: Job) -> bool:

@@ -81,19 +81,18 @@ def test_at_an_equal_level_only_what_is_its_own_is_asked_back() -> None:
 
 
 def test_who_wants_no_more_than_its_own_has_nobody_of_its_own_evicted() -> None:
-    """Though its own is the newest of those that sank, and quota is left in the pot."""
-    cluster = cohort(*[1] * 8)
+    """Though its own is the largest of those that sank, and quota is left in the pot."""
+    cluster = cohort(*[2] * 4)
     cluster.queue("spare", 8, cohort="c", order="attained", reclaim="any")
-    for number in range(7):
+    for number in range(6):
         assert run(cluster, f"g{number}", "greedy") == "placed"
-    assert run(cluster, "m0", "modest") == "placed"
+    assert run(cluster, "large", "modest", 2) == "placed"
     cluster.look(2 * HOUR_S)
-    for number in range(1, 4):
+    for number in range(2):
         assert run(cluster, f"m{number}", "modest") == "placed"
-    assert len(cluster.scheduler.running_of("modest")) == 4
-    cluster.look(2 * HOUR_S)
-    assert run(cluster, "m4", "modest") == "placed"
-    assert len(cluster.scheduler.running_of("modest")) == 4, "it wants more than that"
+    assert cluster.state("large") == "running"
+    assert run(cluster, "m2", "modest") == "placed"
+    assert cluster.state("large") == "waiting", "it wants more than that"
 
 
 def borrowed(cluster: Cluster, queue: str, hours: int) -> None:
@@ -136,6 +135,44 @@ def test_what_it_has_is_kept_by_who_owes_nothing_and_not_by_who_owes() -> None:
     ]
     assert cluster.state("own") == "running"
     assert not cluster.scheduler.running_of("greedy")
+
+
+def test_of_equals_who_owes_the_most_gives_way_not_the_newest() -> None:
+    """All have sunk; the idle queue owes less, for it has borrowed for an hour only."""
+    cluster = cohort(*[1] * 8)
+    for number in range(4):
+        assert run(cluster, f"g{number}", "greedy") == "placed"
+    cluster.look(10 * HOUR_S)
+    for number in range(4):
+        assert run(cluster, f"i{number}", "idle") == "placed"
+    cluster.look(2 * HOUR_S)
+    assert owes(cluster, "greedy") > owes(cluster, "idle") > 0.1
+    for number in range(2):
+        assert run(cluster, f"m{number}", "modest") == "placed"
+        assert len(cluster.scheduler.running_of("greedy")) == 3 - number
+    assert len(cluster.scheduler.running_of("idle")) == 4
+
+
+def test_the_fewest_go_where_everything_is_lent() -> None:
+    """One of 2 GPUs, not two of 1 that are newer."""
+    cluster = cohort(*[2] * 4)
+    assert run(cluster, "large", "greedy", 2) == "placed"
+    for number in range(6):
+        assert run(cluster, f"g{number}", "greedy") == "placed"
+    assert run(cluster, "m", "modest", 2) == "placed"
+    assert cluster.state("large") == "waiting"
+    assert len(cluster.scheduler.running_of("greedy")) == 6
+
+
+def test_what_was_borrowed_is_given_back_wherever_it_makes_room() -> None:
+    """The newest that greedy runs shares its node with what stays."""
+    cluster = cohort(2, 2)
+    assert run(cluster, "large", "greedy", 2) == "placed"
+    assert run(cluster, "own", "modest") == "placed"
+    assert run(cluster, "small", "greedy") == "placed"
+    assert run(cluster, "m", "modest", 2) == "placed"
+    assert cluster.state("large") == "waiting"
+    assert cluster.state("small") == "running"
 
 
 def test_what_was_denied_is_owed() -> None:
