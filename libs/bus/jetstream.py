@@ -90,6 +90,18 @@ def cancellable(call: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, A
     return whole
 
 
+async def insisting(call: Coroutine[Any, Any, None]) -> None:
+    """For a call that goes on in a loop of its own after it forgot a cancellation, as `connect`."""
+    calling = asyncio.create_task(call)
+    try:
+        await asyncio.wait([calling])
+    finally:
+        while not calling.done():
+            calling.cancel()
+            await asyncio.wait([calling], timeout=RECONNECT_WAIT_S)
+    await calling
+
+
 class JetStreamDelivery:
     """A JetStream message as the loop sees it."""
 
@@ -344,15 +356,17 @@ async def connect(
         if client._transport is not None and not client.is_connected:
             client._transport.close()
 
-    await client.connect(
-        url,
-        name=name or None,
-        token=token or None,
-        error_cb=on_error,
-        max_reconnect_attempts=-1,
-        reconnect_time_wait=RECONNECT_WAIT_S,
-        ping_interval=5,
-        max_outstanding_pings=2,
+    await insisting(
+        client.connect(
+            url,
+            name=name or None,
+            token=token or None,
+            error_cb=on_error,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_WAIT_S,
+            ping_interval=5,
+            max_outstanding_pings=2,
+        )
     )
     bus = JetStreamBus(client)
     try:

@@ -8,7 +8,7 @@ import msgspec
 import psutil
 
 from libs.bus import RECORDS, Stream
-from libs.bus.jetstream import JetStreamBus, cancellable, connect
+from libs.bus.jetstream import JetStreamBus, cancellable, connect, insisting
 from stack.testing import eventually
 
 TRIES = 15
@@ -54,6 +54,28 @@ async def test_what_is_done_after_a_cancellation_is_done() -> None:
     await asyncio.sleep(0)
     tidying.cancel()
     assert await tidying == "done"
+
+
+async def test_who_forgets_that_it_is_to_end_is_told_again() -> None:
+    forgot = 0
+
+    async def connect_for_ever() -> None:
+        nonlocal forgot
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                forgot += 1
+                if forgot == 3:
+                    raise
+
+    connecting = asyncio.create_task(insisting(connect_for_ever()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    connecting.cancel()
+    await asyncio.wait([connecting])
+    assert connecting.cancelled()
+    assert forgot == 3
 
 
 async def test_a_server_that_hangs_up_costs_no_socket_a_try() -> None:
