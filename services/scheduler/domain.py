@@ -236,6 +236,8 @@ class Scheduler(Fleet):
 
     def set_specs(self, specs: dict[str, QueueSpec]) -> None:
         """Who stands where in line follows from the queue, so all stand in line again."""
+        if specs == self.specs:
+            return
         self.changes += 1
         for queue in self.specs:
             self.debts.settle(queue, self.now, self.lines)

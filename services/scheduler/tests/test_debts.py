@@ -8,9 +8,11 @@ import pytest
 
 from libs.contracts.events import AttemptStarted, AttemptSucceeded
 from services.scheduler import debts
-from services.scheduler.debts import FINE, HALF_LIFE_SAMPLES
+from services.scheduler.debts import FINE, HALF_LIFE_SAMPLES, SAMPLE_S
 from services.scheduler.domain import State, restore
+from services.scheduler.stimuli import QueueApplied, QueueSpec
 from services.scheduler.tests.test_queues import Cluster
+from services.scheduler.tests.world import World
 
 HOUR_S = 3_600
 OWN = {"modest": 4, "greedy": 2, "idle": 2}
@@ -211,3 +213,13 @@ def test_a_queue_that_leaves_its_cohort_leaves_its_debts() -> None:
     assert owes(cluster, "greedy") == 0
     cluster.queue("idle", 3, cohort="c", order="attained", reclaim="any")
     assert set(cluster.scheduler.debts.accounts) == {"modest", "idle"}
+
+
+def test_a_queue_that_is_applied_again_moves_no_account() -> None:
+    world = World()
+    lent = QueueSpec(queue="left", cohort="all", nominal={"cpu_milli": 0})
+    world.tell(QueueApplied(lent))
+    before = world.state()
+    assert world.scheduler.handle(QueueApplied(lent), world.now + 10 * SAMPLE_S) == []
+    world.scheduler.sequence -= 1
+    assert world.state() == before
