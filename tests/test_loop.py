@@ -20,7 +20,7 @@ from tests.running import (
     running_stack,
     until,
 )
-from tests.test_observability import documented
+from tests.test_observability import documented_of
 
 pytestmark = pytest.mark.slow
 
@@ -213,7 +213,7 @@ async def lacking(stack: Stack, service: str) -> str:
     needs = ("nats", "postgres") if service == "scheduler" else ("nats", "postgres", "s3")
     due |= {("leptonic_dependency_up", None, one) for one in needs}
     due |= {(name, None, None) for name in TURNED[service]}
-    missing = sorted(set(documented("Every service") | documented(service)) - exposed)
+    missing = sorted(set(documented_of(service)) - exposed)
     return ", ".join([*missing, *(str(one) for one in sorted(due - counted, key=str))])
 
 
