@@ -177,13 +177,19 @@ class Campaign:
     async def whole(self) -> str:
         """One version of everything, built by hand: every acked record is in it, once."""
         path = self.audit.dataset + "/versions"
-        response = await self.stack.http.post(self.stack.endpoint("preprocess") + path, json={})
-        response.raise_for_status()
-        version = response.json()
+        acked = sum(len(one.keys) for one in self.records.books)
+
+        async def built() -> Any:
+            """What has just landed is told to who builds by an event, a moment later."""
+            response = await self.stack.http.post(self.stack.endpoint("preprocess") + path, json={})
+            response.raise_for_status()
+            version = response.json()
+            assert int(version["rows"]) == acked, f"{version['rows']} rows of {acked} acked"
+            return version
+
+        version = await eventually(built, RECOVERY_S)
         await self.audit.read_parts()
         await self.audit.dataset_version(version)
-        acked = sum(len(one.keys) for one in self.records.books)
-        assert int(version["rows"]) == acked, f"{version['rows']} rows of {acked} acked"
         return (
             f"{acked} records acked, {version['rows']} in the last of {version['number']} dataset "
             f"versions; {len(self.audit.expected)} model versions whole"
