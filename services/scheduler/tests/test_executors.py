@@ -27,16 +27,19 @@ SOON_S = 60.0
 class AgentProcess:
     """`python -m services.scheduler.<module>` beside a scheduler, ready once that knows it."""
 
-    def __init__(self, service: Service, folder: Path, nats_url: str, module: str) -> None:
+    def __init__(
+        self, service: Service, folder: Path, nats_url: str, module: str, node: str
+    ) -> None:
         self.service = service
         self.folder = folder
+        self.node = node
         program = process.Program(
             name=module,
             command=(sys.executable, "-m", f"services.scheduler.{module}"),
             ready=self.is_known,
             environment={
                 "LEPTONIC_NATS_URL": nats_url,
-                "LEPTONIC_AGENT_NODE": NODE,
+                "LEPTONIC_AGENT_NODE": node,
                 "LEPTONIC_AGENT_FOLDER": str(folder),
             },
         )
@@ -44,13 +47,13 @@ class AgentProcess:
 
     async def is_known(self) -> bool:
         nodes = (await self.service.http.get("/v1/nodes")).json()["nodes"]
-        return [one["health"] for one in nodes if one["node"] == NODE] == ["Healthy"]
+        return [one["health"] for one in nodes if one["node"] == self.node] == ["Healthy"]
 
     async def standby(self) -> Server:
         """Another of the same node, as far as it comes while the first one lives."""
         other = Server(self.server.program, self.folder / "standby.log")
         other.running = await process.start(other.program, other.log)
-        lock = str(self.folder / NODE / "lock")
+        lock = str(self.folder / self.node / "lock")
         waiting = psutil.Process(other.running.pid)
         await eventually(lambda: lock in {one.path for one in waiting.open_files()}, SOON_S)
         return other
@@ -58,10 +61,10 @@ class AgentProcess:
 
 @contextlib.asynccontextmanager
 async def opened(
-    module: str, folder: Path, bus: JetStreamBus, nats_url: str, dsn: str
+    module: str, folder: Path, bus: JetStreamBus, nats_url: str, dsn: str, node: str = NODE
 ) -> AsyncIterator[AgentProcess]:
     service = Service(folder, bus, nats_url, dsn)
-    agent = AgentProcess(service, folder, nats_url, module)
+    agent = AgentProcess(service, folder, nats_url, module, node)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(reaped(folder))
         stack.push_async_callback(service.http.aclose)
@@ -137,8 +140,10 @@ async def test_a_job_runs_in_a_container(
     tmp_path: Path, bus: JetStreamBus, nats_url: str, postgres_dsn: str
 ) -> None:
     with contextlib.suppress(ConnectionError):
-        async with containers(tmp_path):  # has pulled the image
-            async with opened("docker_agent", tmp_path, bus, nats_url, postgres_dsn) as agent:
+        # It has pulled the image, and leaves nothing of its node behind.
+        async with containers(tmp_path) as desk:
+            place = tmp_path, bus, nats_url, postgres_dsn, desk.node
+            async with opened("docker_agent", *place) as agent:
                 spec = {"image": IMAGE, "argv": ["python3", "-c", "print('inside')"]}
                 await agent.service.submit("one", kind="container", spec=spec)
                 job = await eventually(lambda: ended(agent.service, "one"), PATIENCE_S)
