@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from bench import ingest, predict
+from bench.rows import show
 from tests.running import running_stack
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -15,8 +16,7 @@ async def main() -> None:
     with tempfile.TemporaryDirectory(prefix="leptonic-bench-") as folder:
         async with running_stack(Path(folder) / "data") as stack:
             rows = [*await ingest.measure(stack), *await predict.measure(stack)]
-    for row in rows:
-        print(f"{row['what']:<58} {row['ours']:>12} {row['floor']:>12} {row['ratio']:>8}")
+    show(rows)
     RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
 
 

@@ -23,6 +23,7 @@ import psycopg
 import uvloop
 
 from bench.fleet import Fleet
+from bench.rows import Row, row, show
 from libs.contracts.protos.scheduler_pb2 import (
     GetJobRequest,
     Resources,
@@ -43,8 +44,8 @@ DRAINED = 5_000
 PASSWORD = "bench"  # noqa: S105 - of a server on loopback that lives for a run
 READY_S = 120
 LOOK_S = 0.25
+TARGET = "the target"
 FOLLOWED = "leptonic_scheduler_followed_line "
-Row = dict[str, str]
 
 
 @dataclass
@@ -230,17 +231,12 @@ async def throughput(world: World, scheduler: Server, stub: SchedulerStub) -> li
     all_of_it = sum(used.values())
     copy = "the same rows by COPY"
     return [
-        row(f"durable jobs/s, SubmitJobs of {BATCH}, {NODES:,} nodes", many, floor, copy),
-        row(f"durable jobs/s, SubmitJob, {IN_FLIGHT} under way", single, bare, "an empty echo"),
-        row("events/s from the outbox meanwhile", meanwhile, many, "jobs/s"),
-        row("events/s from the outbox afterwards", drained, floor, copy),
+        row(f"durable jobs/s, SubmitJobs of {BATCH}, {NODES:,} nodes", many, floor, copy, 0),
+        row(f"durable jobs/s, SubmitJob, {IN_FLIGHT} under way", single, bare, "an empty echo", 0),
+        row("events/s from the outbox meanwhile", meanwhile, many, "jobs/s", 0),
+        row("events/s from the outbox afterwards", drained, floor, copy, 0),
         *(
-            row(
-                f"us of CPU a job, {name}",
-                1e6 * cpu / TOGETHER,
-                1e6 * all_of_it / TOGETHER,
-                "of all",
-            )
+            row(f"us of CPU a job, {name}", 1e6 * cpu / TOGETHER, 1e6 * all_of_it / TOGETHER, "all")
             for name, cpu in used.items()
         ),
     ]
@@ -293,27 +289,16 @@ async def measure() -> list[Row]:
             known = await one.one("select max(number) from job")
     return [
         *found,
-        seconds("dead node to its work placed elsewhere, s", moved, 5.0),
-        seconds(f"kill -9 to a standby's answer, {known:,} jobs, s", failover, 2.0),
-        seconds(f"start to answer after kill -9, {known:,} jobs, s", restart, 2.0),
+        row("dead node to its work placed elsewhere, s", moved, 5.0, TARGET),
+        row(f"kill -9 to a standby's answer, {known:,} jobs, s", failover, 2.0, TARGET),
+        row(f"start to answer after kill -9, {known:,} jobs, s", restart, 2.0, TARGET),
     ]
 
 
-def seconds(what: str, ours: float, target: float) -> Row:
-    figures = {"ours": f"{ours:.2f}", "floor": f"{target:.2f}", "ratio": f"{ours / target:.2f}"}
-    return {"what": what, **figures, "against": "the target"}
-
-
-def row(what: str, ours: float, floor: float, against: str) -> Row:
-    figures = {"ours": f"{ours:,.0f}", "floor": f"{floor:,.0f}", "ratio": f"{ours / floor:.2f}"}
-    return {"what": what, **figures, "against": against}
-
-
-def rows() -> list[Row]:
+def rows(_: Path) -> list[Row]:
     return uvloop.run(measure())
 
 
 if __name__ == "__main__":
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for one in rows():
-        print(f"{one['what']:<58} {one['ours']:>12} {one['floor']:>12} {one['ratio']:>8}")
+    show(uvloop.run(measure()))

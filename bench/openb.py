@@ -19,14 +19,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.rows import DATA, Row, row
 from services.scheduler.openb import Known, Replay, pods_of
 from services.scheduler.planner import plan
 from services.scheduler.shapes import GPU_MILLI, Machine, Shape
 from services.scheduler.traces import machines_of
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "openb"
 NODES = "openb_node_list_gpu_node.csv"
-VARIANTS = ("default", "cpu100", "gpushare40", "gpuspec10", "multigpu20")
 ANCHORS = {
     "default": 95.39,
     "cpu100": 95.35,
@@ -34,7 +33,7 @@ ANCHORS = {
     "gpuspec10": 94.95,
     "multigpu20": 95.65,
 }
-"""FGD's figures by the same protocol, measured elsewhere."""
+"""List of pods -> FGD's figure by the same protocol, measured elsewhere."""
 POLICIES = (
     "random",
     "dot_product",
@@ -49,7 +48,7 @@ SEEDS = range(42, 52)
 LOAD = 1.3
 TYPICAL = 0.95
 
-Row = dict[str, Any]
+Figures = dict[str, Any]
 
 
 def gpus_of(machines: Iterable[Machine]) -> int:
@@ -90,14 +89,14 @@ def without_memory(shape: Shape) -> Shape:
 
 
 @cache
-def loaded(variant: str) -> tuple[list[Machine], list[Shape]]:
-    pods = pods_of(DATA / f"openb_pod_list_{variant}.csv")
-    return machines_of(DATA / NODES), [pod.shape for pod in pods]
+def loaded(folder: Path, variant: str) -> tuple[list[Machine], list[Shape]]:
+    pods = pods_of(folder / f"openb_pod_list_{variant}.csv")
+    return machines_of(folder / NODES), [pod.shape for pod in pods]
 
 
-def allocated(variant: str, policy: str, seed: int) -> float:
+def allocated(folder: Path, variant: str, policy: str, seed: int) -> float:
     """Per cent of the cluster's GPU milli."""
-    machines, shapes = loaded(variant)
+    machines, shapes = loaded(folder, variant)
     known: Known = ()
     if policy == "fgd":
         known = typical(shapes)
@@ -111,27 +110,58 @@ def allocated(variant: str, policy: str, seed: int) -> float:
     return 100 * taken / gpus_of(machines)
 
 
-def rows(seeds: Sequence[int] = SEEDS) -> list[Row]:
+def rows(data: Path) -> list[Row]:
+    """Per cent of GPU milli, beside FGD in the same run."""
+    found = measured(data / "openb")
+    return [*map(row_of, found), *minus_rows(found, "priced"), *minus_rows(found, "learned")]
+
+
+def row_of(one: Figures) -> Row:
+    return row(
+        f"openb {one['variant']}, {one['policy']}, %",
+        one["allocated_percent"],
+        one["allocated_percent"] - one["minus_fgd"],
+        f"FGD; {one['times_best_fit']} x best fit, bound {one['bound_percent']}",
+    )
+
+
+def minus_rows(found: Sequence[Figures], policy: str) -> list[Row]:
+    minus = [one["minus_fgd"] for one in found if one["policy"] == policy]
+    against = f"{len(ANCHORS)} variants"
+    return [
+        row(f"openb worst against FGD, {policy}", min(minus), 0, against),
+        row(f"openb mean against FGD, {policy}", fmean(minus), 0, against),
+    ]
+
+
+def measured(folder: Path) -> list[Figures]:
     """Of every variant and policy; ratios are to best fit and FGD of the same run."""
-    if not DATA.is_dir():
-        raise SystemExit(f"no data: {DATA} is missing (see shared/data/README.md)")
+    if not folder.is_dir():
+        raise SystemExit(f"no data: {folder} is missing (--data is what openb/ is in)")
     with ProcessPoolExecutor(os.cpu_count()) as workers:
         futures = {
-            (variant, policy, seed): workers.submit(allocated, variant, policy, seed)
-            for variant in VARIANTS
+            (variant, policy, seed): workers.submit(allocated, folder, variant, policy, seed)
+            for variant in ANCHORS
             for policy in POLICIES
-            for seed in seeds
+            for seed in SEEDS
         }
         figures = {key: future.result() for key, future in futures.items()}
     means = {
-        (variant, policy): fmean(figures[variant, policy, seed] for seed in seeds)
-        for variant in VARIANTS
+        (variant, policy): fmean(figures[variant, policy, seed] for seed in SEEDS)
+        for variant in ANCHORS
         for policy in POLICIES
     }
-    return [row_of(variant, policy, means) for variant in VARIANTS for policy in POLICIES]
+    bounds = {variant: bound(*loaded(folder, variant)) for variant in ANCHORS}
+    return [
+        figures_of(variant, policy, means, bounds[variant])
+        for variant in ANCHORS
+        for policy in POLICIES
+    ]
 
 
-def row_of(variant: str, policy: str, means: dict[tuple[str, str], float]) -> Row:
+def figures_of(
+    variant: str, policy: str, means: dict[tuple[str, str], float], bound_percent: float
+) -> Figures:
     mean = means[variant, policy]
     return {
         "variant": variant,
@@ -141,24 +171,22 @@ def row_of(variant: str, policy: str, means: dict[tuple[str, str], float]) -> Ro
         "times_best_fit": round(mean / means[variant, "best_fit"], 4),
         "times_fgd": round(mean / means[variant, "fgd"], 4),
         "anchor_fgd": ANCHORS[variant],
-        "bound_percent": round(bound(variant), 2),
+        "bound_percent": round(bound_percent, 2),
     }
 
 
-@cache
-def bound(variant: str) -> float:
+def bound(machines: list[Machine], shapes: list[Shape]) -> float:
     """Per cent of GPU milli that could be allocated with none refused."""
-    machines, shapes = loaded(variant)
     return 100 * plan(machines, counted(shapes)).load_milli / gpus_of(machines)
 
 
 def main() -> None:
-    found = rows()
+    found = measured(DATA / "openb")
     print(" ".join(f"{name:>17}" for name in found[0]))
-    for row in found:
-        print(" ".join(f"{value:>17}" for value in row.values()))
-    ours = [row for row in found if row["policy"] == "learned"]
-    print(f"learned minus FGD, mean: {fmean(row['minus_fgd'] for row in ours):.2f}")
+    for figures in found:
+        print(" ".join(f"{value:>17}" for value in figures.values()))
+    ours = [one["minus_fgd"] for one in found if one["policy"] == "learned"]
+    print(f"learned minus FGD, mean: {fmean(ours):.2f}")
 
 
 if __name__ == "__main__":

@@ -2,107 +2,62 @@
 
 import importlib
 import json
-import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-Row = dict[str, str]
-ROOT = Path(__file__).resolve().parents[1]
-KILL_POINTS = "services/scheduler/tests/test_crash.py::test_at_a_thousand_points"
-POINTS = 1_000
+
+@dataclass(frozen=True)
+class Part:
+    """A module beside this one; loaded for itself only: one forks, another has gRPC's threads."""
+
+    limit_s: int
+    made_of: tuple[str, ...]
+    """Git's pathspecs of what its figures depend on, its own module and EVERY aside."""
 
 
-def rows_of(name: str, *arguments: Any) -> list[Row]:
-    """Of a module, which is loaded for its own part only: one forks, another has gRPC's threads."""
-    module: Any = importlib.import_module(f"bench.{name}")
-    return list(module.rows(*arguments))
-
-
-def openb_rows(data: Path) -> list[Row]:
-    """Per cent of GPU milli, beside FGD in the same run."""
-    openb: Any = importlib.import_module("bench.openb")
-    openb.DATA = data / "openb"
-    found = openb.rows()
-    rows = [
-        row(
-            f"openb {one['variant']}, {one['policy']}, %",
-            one["allocated_percent"],
-            one["allocated_percent"] - one["minus_fgd"],
-            f"FGD; {one['times_best_fit']} x best fit, bound {one['bound_percent']}",
-        )
-        for one in found
-    ]
-    for policy in ("priced", "learned"):
-        minus = [one["minus_fgd"] for one in found if one["policy"] == policy]
-        rows.append(row(f"openb worst against FGD, {policy}", min(minus), 0, "5 variants"))
-        mean = sum(minus) / len(minus)
-        rows.append(row(f"openb mean against FGD, {policy}", mean, 0, "5 variants"))
-    return rows
-
-
-def philly_rows(data: Path) -> list[Row]:
-    return rows_of("philly", data / "philly")
-
-
-def edge_rows(_: Path) -> list[Row]:
-    """Beside the LP's bound, over all instances; the floor is the same in arrival order."""
-    found = rows_of("edge")
-    ours = [float(one["priced_above_bound_percent"]) for one in found]
-    greedy = [float(one["greedy_above_bound_percent"]) for one in found]
-    times = [float(one["priced_us"]) for one in found]
-    against = f"as they come; {len(found)} instances"
-    return [
-        row("edge: above the LP's bound, worst, %", max(ours), max(greedy), against),
-        row("edge: above the LP's bound, mean, %", fmean(ours), fmean(greedy), against),
-        row("edge: us a job, worst", max(times), 0, "-"),
-    ]
-
-
-def placement_rows(_: Path) -> list[Row]:
-    return rows_of("placement")
-
-
-def durable_rows(_: Path) -> list[Row]:
-    return rows_of("durable")
-
-
-def kill_points_rows(_: Path) -> list[Row]:
-    """The test that asserts that nothing is lost, doubled or over-committed, at every point."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "long", KILL_POINTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{KILL_POINTS}: {done.stdout[-2000:]}")
-    against = "0 lost, 0 doubled, 0 over-commits: asserted"
-    return [row("kill points of the writer, all of them good", POINTS, 0, against)]
-
-
-def row(what: str, ours: float, floor: float, against: str) -> Row:
-    return {
-        "what": what,
-        "ours": f"{ours:.2f}",
-        "floor": f"{floor:.2f}" if floor else "-",
-        "ratio": f"{ours / floor:.4f}" if floor else "-",
-        "against": against,
-    }
-
-
-PARTS: dict[str, tuple[Callable[[Path], list[Row]], int]] = {
-    "openb": (openb_rows, 7200),
-    "philly": (philly_rows, 7200),
-    "edge": (edge_rows, 1200),
-    "placement": (placement_rows, 1800),
-    "durable": (durable_rows, 1800),
-    "kill points": (kill_points_rows, 7200),
+EVERY = ("bench/rows.py", "constraints.txt")
+NATIVE = ("native/build.py", "native/placement*")
+POOL = (
+    "services/scheduler/native_pool.py",
+    "services/scheduler/planner.py",
+    "services/scheduler/pool.py",
+    "services/scheduler/scores.py",
+    "services/scheduler/shapes.py",
+    *NATIVE,
+)
+DECIDES = (
+    ":(glob)services/scheduler/*.py",
+    "libs/__init__.py",
+    ":(glob)libs/contracts/*.py",
+    "libs/contracts/protos",
+    *NATIVE,
+)
+RUNS = (*DECIDES, ":(glob)libs/*/*.py", ":(glob)stack/*.py")
+KILLS = (
+    "conftest.py",
+    "services/scheduler/tests/crash.py",
+    "services/scheduler/tests/test_crash.py",
+    "services/scheduler/tests/test_service.py",
+)
+PARTS = {
+    "openb": Part(7200, DECIDES),
+    "philly": Part(7200, DECIDES),
+    "edge": Part(1200, ("services/scheduler/edge.py",)),
+    "placement": Part(1800, POOL),
+    "durable": Part(1800, (*RUNS, "bench/echo.py", "bench/fleet.py")),
+    "kill_points": Part(7200, (*RUNS, *KILLS)),
 }
-"""Name -> what measures it, and the most seconds that may take."""
+
+
+def made_of(name: str) -> tuple[str, ...]:
+    return (f"bench/{name}.py", *EVERY, *PARTS[name].made_of)
 
 
 def main(name: str, data: str) -> None:
-    measure, _ = PARTS[name]
-    print(json.dumps(measure(Path(data))))
+    module: Any = importlib.import_module(f"bench.{name}")
+    print(json.dumps(module.rows(Path(data))))
 
 
 if __name__ == "__main__":

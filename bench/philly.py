@@ -11,17 +11,16 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from bench.rows import DATA, Row, row, show
 from services.scheduler import philly, traces
 from services.scheduler.philly import Summary
 from services.scheduler.simulator import Simulator
 from services.scheduler.stimuli import QueueApplied, QueueSpec
 from services.scheduler.traces import TraceJob
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "philly"
 FORTNIGHT, MONTH = "philly_2017-10-01_10-14.csv", "philly_2017-09.csv"
 VCS = "philly_vc_nodes.csv"
 SHARED, BY_ARRIVAL, BY_VC = "shared", "by arrival", "by vc"
-Row = dict[str, str]
 
 
 def pooled(jobs: list[TraceJob], how: str, nodes: int = philly.NODES) -> Summary:
@@ -32,10 +31,10 @@ def pooled(jobs: list[TraceJob], how: str, nodes: int = philly.NODES) -> Summary
     return philly.summary_of(courses, jobs)
 
 
-def simulated(data: Path, trace: str, how: str) -> Summary:
+def simulated(folder: Path, trace: str, how: str) -> Summary:
     """`how`: one of the above, or the virtual cluster that is alone."""
-    jobs = traces.jobs_of(data / trace)
-    shares = traces.vc_nodes_of(data / VCS)
+    jobs = traces.jobs_of(folder / trace)
+    shares = traces.vc_nodes_of(folder / VCS)
     parts = philly.apportioned(shares, philly.NODES)
     if how == BY_VC:
         world = Simulator(philly.cluster(), philly.vc_queues(shares))
@@ -46,16 +45,17 @@ def simulated(data: Path, trace: str, how: str) -> Summary:
     return pooled([job for job in jobs if job.vc == how and job.gpus <= gpus], how, parts[how])
 
 
-def rows(data: Path = DATA) -> list[Row]:
-    if not (data / FORTNIGHT).is_file():
-        raise SystemExit(f"no data: {data / FORTNIGHT} is missing (give its folder with --data)")
-    vcs = [*traces.vc_nodes_of(data / VCS)]
+def rows(data: Path) -> list[Row]:
+    folder = data / "philly"
+    if not (folder / FORTNIGHT).is_file():
+        raise SystemExit(f"no data: {folder / FORTNIGHT} is missing (--data is what philly/ is in)")
+    vcs = [*traces.vc_nodes_of(folder / VCS)]
     with ProcessPoolExecutor(os.cpu_count()) as workers:
         futures = {
-            how: workers.submit(simulated, data, FORTNIGHT, how)
+            how: workers.submit(simulated, folder, FORTNIGHT, how)
             for how in (SHARED, BY_ARRIVAL, BY_VC, *vcs)
         }
-        month = workers.submit(simulated, data, MONTH, SHARED)
+        month = workers.submit(simulated, folder, MONTH, SHARED)
         found = {how: future.result() for how, future in futures.items()}
     return [
         *shared_rows(found[SHARED], found[BY_ARRIVAL]),
@@ -91,22 +91,10 @@ def vc_rows(found: Mapping[str, Summary], vcs: list[str]) -> list[Row]:
     ]
 
 
-def row(what: str, ours: float, floor: float, against: str) -> Row:
-    return {
-        "what": what,
-        "ours": f"{ours:,.2f}",
-        "floor": f"{floor:,.2f}" if floor else "-",
-        "ratio": f"{ours / floor:.3f}" if floor else "-",
-        "against": against,
-    }
-
-
 def of_file(path: Path) -> list[Row]:
     """Any trace in Philly's columns, on the same cluster."""
     return shared_rows(*(pooled(traces.jobs_of(path), how) for how in (SHARED, BY_ARRIVAL)))
 
 
 if __name__ == "__main__":
-    for one in rows():
-        print(f"{one['what']:<44} {one['ours']:>12} {one['floor']:>12} {one['ratio']:>8}", end="  ")
-        print(one["against"])
+    show(rows(DATA))

@@ -10,10 +10,12 @@ import gc
 import random
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from bench.rows import Row, row, show
 from services.scheduler import planner
 from services.scheduler.native_pool import NativePool
 from services.scheduler.pool import Pool
@@ -37,7 +39,6 @@ KINDS = (
     (64, 4, "T4"),
     (104, 1, "A10"),
 )
-Row = dict[str, str]
 Held = list[tuple[Shape, Spot]]
 
 
@@ -142,24 +143,22 @@ def decisions(nodes: int) -> Iterator[Row]:
             rounds[policy].append(world.times_us())
     floor = floor_us(nodes)
     for policy, of_policy in rounds.items():
-        yield row(policy, nodes, of_policy, floor, worlds[policy].full)
+        yield row_of(policy, nodes, of_policy, floor, worlds[policy].full)
 
 
-def row(
+def row_of(
     policy: str, nodes: int, rounds: Sequence[Sequence[float]], floor: float, full: float
 ) -> Row:
     means = [sum(times) / len(times) for times in rounds]
     p50 = median(times[len(times) // 2] for times in rounds)
     p99 = median(times[len(times) * 99 // 100] for times in rounds)
     slowest, fastest = 1e6 / max(means), 1e6 / min(means)
-    return {
-        "what": f"placements/s, {policy}, {nodes:,} nodes",
-        "ours": f"{1e6 / median(means):,.0f}",
-        "floor": f"{1e6 / floor:,.0f}",
-        "ratio": f"{floor / median(means):.2f}",
-        "against": f"argmax of a row; p50 {p50:.1f} us, p99 {p99:.1f} us; {len(rounds)} rounds "
-        f"{slowest:,.0f} to {fastest:,.0f}; {100 * full:.0f} % full",
-    }
+    against = (
+        f"argmax of a row; p50 {p50:.1f} us, p99 {p99:.1f} us; {len(rounds)} rounds "
+        f"{slowest:,.0f} to {fastest:,.0f}; {100 * full:.0f} % full"
+    )
+    what = f"placements/s, {policy}, {nodes:,} nodes"
+    return row(what, 1e6 / median(means), 1e6 / floor, against, 0)
 
 
 def gangs(nodes: int) -> Iterator[Row]:
@@ -178,13 +177,7 @@ def gangs(nodes: int) -> Iterator[Row]:
         found = pool.find_gang(worker, workers, one_node=False) if fits else None
         took_us = (time.thread_time_ns() - started) / 1000
         assert (found is not None) == (workers < nodes)
-        yield {
-            "what": f"{what}, {nodes:,} nodes, us",
-            "ours": f"{took_us:,.0f}",
-            "floor": f"{floor:,.1f}",
-            "ratio": f"{took_us / floor:.0f}",
-            "against": "argmax of a row",
-        }
+        yield row(f"{what}, {nodes:,} nodes, us", took_us, floor, "argmax of a row", 1)
 
 
 def measured() -> Iterator[Row]:
@@ -193,11 +186,9 @@ def measured() -> Iterator[Row]:
     yield from gangs(10_000)
 
 
-def rows() -> list[Row]:
+def rows(_: Path) -> list[Row]:
     return list(measured())
 
 
 if __name__ == "__main__":
-    for one in measured():
-        print(f"{one['what']:<44} {one['ours']:>9} {one['floor']:>9} {one['ratio']:>6}", end="  ")
-        print(one["against"], flush=True)
+    show(measured())

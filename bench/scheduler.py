@@ -2,12 +2,14 @@
 
 Without `--trace` all of them; `openb` or `philly` only those of that trace; a file in Philly's
 columns is replayed on Philly's cluster. Each part (`bench/part.py`) is a process of its own with a
-bound in time. What was measured on this very commit is shown again and not measured again, unless
-AGAIN=1; so a run that was broken off goes on where it was.
+bound in time. A figure belongs to the sources and traces that it was measured with: while those are
+as they were, it is shown again and not measured again, unless AGAIN=1. So a run that was broken off
+goes on where it was, and a commit that changes none of them costs nothing.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -19,12 +21,11 @@ from time import monotonic
 from typing import Any
 
 from bench import philly
-from bench.part import PARTS, ROOT
+from bench.part import PARTS, made_of
+from bench.rows import DATA, ROOT
 from services.scheduler.traces import BadTrace
 
-DATA = philly.DATA.parent
 RESULTS = Path(__file__).with_name("scheduler.json")
-SOURCES = ("services", "libs", "native", "stack", "bench/*.py")
 Row = dict[str, Any]
 
 TARGETS: dict[str, tuple[str, str]] = {
@@ -52,20 +53,34 @@ TARGETS: dict[str, tuple[str, str]] = {
 """Beginning of a row's name -> what others reached, what is wanted."""
 
 
-def commit() -> str:
-    """What is measured; "" where that is no commit: sources were changed, or git is not there."""
-    git = ["git", "-C", str(ROOT)]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        changed = [*git, "status", "--porcelain", "--", *SOURCES]
-        if not subprocess.run(changed, capture_output=True, check=True).stdout:
-            head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True)
-            return head.stdout.decode().strip()
-    return ""
+def git(root: Path, *words: str) -> str | None:
+    """What it says; None where it is not there, or refuses."""
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def sources(root: Path, paths: Sequence[str], traces: Path) -> str:
+    """A hash of what figures belong to: the paths as they are committed, and the traces' files;
+    "" where the paths are not as they are committed, or git is not there."""
+    committed = git(root, "ls-files", "--stage", "--", *paths)
+    if committed is None or git(root, "status", "--porcelain", "--", *paths) != "":
+        return ""
+    parts = [committed.encode()]
+    for file in sorted(traces.glob("*.csv")):
+        parts += [file.name.encode(), hashlib.sha256(file.read_bytes()).digest()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def sources_of(name: str, data: Path) -> str:
+    return sources(ROOT, made_of(name), data / name)
 
 
 def measured(name: str, data: Path) -> list[Row]:
     """The rows of a part, or one that says how it failed."""
-    _, limit_s = PARTS[name]
+    limit_s = PARTS[name].limit_s
     command = [sys.executable, "-m", "bench.part", name, str(data)]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -105,22 +120,36 @@ def head() -> None:
 
 def known_rows() -> list[Row]:
     known: list[Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return [row for row in known if "part" in row]
+    return [with_target(row) for row in known if "sources" in row]
+
+
+def stands(rows: Sequence[Row], of: str) -> bool:
+    """Whether it need not be measured again."""
+    return bool(rows) and all(of and row["sources"] == of and good(row) for row in rows)
+
+
+def good(row: Row) -> bool:
+    return bool(row["ours"] != "failed")
+
+
+def measured_now(name: str, data: Path) -> list[Row]:
+    """Of no sources where those changed meanwhile."""
+    print(f"{name}: at most {PARTS[name].limit_s} s", file=sys.stderr, flush=True)
+    began, of = monotonic(), sources_of(name, data)
+    commit = (git(ROOT, "rev-parse", "HEAD") or "").strip()
+    found = [with_target(row) for row in measured(name, data)]
+    about = {"part": name, "commit": commit, "part_s": round(monotonic() - began)}
+    about["sources"] = of if sources_of(name, data) == of else ""
+    return [{**row, **about} for row in found]
 
 
 def run(names: Sequence[str], data: Path, again: bool) -> list[Row]:
     """The parts, one after the other; what is known is written down after each."""
     known = known_rows()
-    now = commit()
     for name in names:
         mine = [row for row in known if row["part"] == name]
-        good = mine and all(row["ours"] != "failed" for row in mine)
-        if not now or again or not good or any(row["commit"] != now for row in mine):
-            began = monotonic()
-            print(f"{name}: at most {PARTS[name][1]} s", file=sys.stderr, flush=True)
-            found = [with_target(row) for row in measured(name, data)]
-            seconds = round(monotonic() - began)
-            mine = [{**row, "part": name, "commit": now, "part_s": seconds} for row in found]
+        if again or not stands(mine, sources_of(name, data)):
+            mine = measured_now(name, data)
             known = [row for row in known if row["part"] != name] + mine
             RESULTS.write_text(json.dumps(known, indent=2) + "\n")
         for row in mine:
@@ -136,7 +165,8 @@ def lacking(found: Sequence[Row]) -> list[str]:
 
 def of_file(path: Path) -> None:
     """Measured each time, for a file may change."""
-    found = [{**with_target(row), "part": str(path), "commit": ""} for row in philly.of_file(path)]
+    about = {"part": str(path), "sources": ""}
+    found = [{**with_target(row), **about} for row in philly.of_file(path)]
     for row in found:
         show(row)
     others = [row for row in known_rows() if row["part"] != str(path)]
@@ -160,7 +190,7 @@ def main() -> None:
     missing = [] if asked.trace else lacking(found)
     for name in missing:
         show(with_target({**failed(name, "no row of that name"), "ours": "lacks"}))
-    if missing or any(row["ours"] == "failed" for row in found):
+    if missing or not all(map(good, found)):
         sys.exit(1)
 
 

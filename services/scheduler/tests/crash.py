@@ -151,7 +151,6 @@ class World:
             while self.crashes < crashes:
                 self.clients.submit()
                 await self.live(self.clients.chance.randint(1, AWAITS_MAX), killer)
-                self.crashes += 1
         while self.clients.unanswered:
             await self.live(0, None)
 
@@ -161,6 +160,7 @@ class World:
         def kill() -> None:
             assert killer is not None
             killer.execute(KILL.encode())
+            self.crashes += 1
 
         mortal = f"{self.dsn} application_name=mortal"
         async with connect(mortal, "scheduler", MIGRATIONS) as db:

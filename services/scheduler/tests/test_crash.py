@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 import httpx
@@ -45,12 +45,14 @@ async def db(postgres_dsn: str) -> AsyncIterator[Database]:
         yield connected
 
 
-async def crash(db: Database, dsn: str, points: int, seed: int) -> None:
+async def crash(db: Database, dsn: str, points: int, seed: int) -> int:
+    """How often it was killed."""
     world = World(db, dsn, seed)
     await world.run(points)
     scheduler = await world.check()
     assert {job.state for job in scheduler.jobs.values()} <= {"succeeded", "failed", "waiting"}
     assert len(scheduler.jobs) == points
+    return world.crashes
 
 
 async def test_between_any_two_awaits_of_the_writer(
@@ -62,10 +64,14 @@ async def test_between_any_two_awaits_of_the_writer(
 
 @pytest.mark.long
 async def test_at_a_thousand_points(
-    db: Database, postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+    db: Database,
+    postgres_dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    """`make bench-scheduler` shows what it records."""
     monkeypatch.setattr("services.scheduler.writer.KEEP_EVERY", 10)
-    await crash(db, postgres_dsn, LONG_POINTS, seed=2)
+    record_property("kills", await crash(db, postgres_dsn, LONG_POINTS, seed=2))
 
 
 class Node(Agent):
