@@ -209,7 +209,9 @@ void Batcher::count(const Requests& requests, int64_t rows, int64_t taken_ns, co
   for (auto& request : requests) arrived.push_back(request->arrived_ns);
   std::lock_guard held(lock_);
   int64_t ended_ns = tally_.answered(arrived, rows, taken_ns, spent);
-  pace_ns_ += (ended_ns - taken_ns - pace_ns_) / (pace_ns_ > 0 ? kPaceShare : 1);
+  int64_t took_ns = ended_ns - taken_ns;
+  line_.answered(static_cast<int64_t>(requests.size()), took_ns, ended_ns);
+  pace_ns_ += (took_ns - pace_ns_) / (pace_ns_ > 0 ? kPaceShare : 1);
 }
 
 void Batcher::fail(const Requests& requests, int code, const std::string& text) {

@@ -9,6 +9,8 @@ namespace leptonic {
 namespace {
 
 constexpr int64_t kNsInUs = 1000;
+constexpr int64_t kBackShare = 32;  // of what a batch took: so long those answered may take to ask again
+constexpr int64_t kBackNsMin = 100'000, kBackNsMax = 5'000'000;
 constexpr uint64_t kDelayed = uint64_t{1} << 32;  // behind all priorities
 
 int64_t sooner(int64_t one, int64_t other) {
@@ -36,6 +38,7 @@ void Line::configure(Limits limits) {
   limits_ = std::move(limits);
   const auto& sizes = limits_.preferred_batch_size;
   enough_rows_ = sizes.empty() ? limits_.max_batch_size : *std::min_element(sizes.begin(), sizes.end());
+  is_free_ = limits_.max_queue_delay_ns == 0 && sizes.empty();
 }
 
 bool Line::join(uint64_t key, int64_t rows, uint64_t kind, int64_t now_ns, int64_t deadline_ns,
@@ -44,7 +47,15 @@ bool Line::join(uint64_t key, int64_t rows, uint64_t kind, int64_t now_ns, int64
   if (waiting_ >= limits_.max_queue_size) return false;
   add(Place{key, rows, kind, now_ns, deadline_ns, timeout_ns(now_ns, timeout_us), level(priority),
             ++arrivals_, request});
+  back_ = std::max<int64_t>(0, back_ - 1);
   return true;
+}
+
+void Line::answered(int64_t requests, int64_t took_ns, int64_t now_ns) {
+  int64_t patience_ns = std::min(took_ns / kBackShare, kBackNsMax);
+  if (patience_ns < kBackNsMin) return;
+  back_ = requests + (now_ns < back_ns_ ? back_ : 0);
+  back_ns_ = std::max(back_ns_, now_ns + patience_ns);
 }
 
 void Line::add(const Place& place) {
@@ -89,9 +100,10 @@ std::vector<void*> Line::dissolve() {
 
 // Until a batch is due or somebody expires. Of those who wait none has expired.
 int64_t Line::wait_ns(int64_t now_ns) const {
-  if (waiting_ == 0 || limits_.max_queue_delay_ns == 0) return 0;
+  bool is_back_soon = is_free_ && back_ > 0;
+  if (waiting_ == 0 || (limits_.max_queue_delay_ns == 0 && !is_back_soon)) return 0;
   const Place& head = levels_.begin()->second.front();
-  int64_t wait = head.arrived_ns + limits_.max_queue_delay_ns - now_ns;
+  int64_t wait = (is_back_soon ? back_ns_ : head.arrived_ns + limits_.max_queue_delay_ns) - now_ns;
   if (wait <= 0 || is_enough(head.kind)) return 0;
   for (auto& [_, row] : levels_)
     for (auto& place : row) wait = std::min(wait, place.expiry_ns() - now_ns);
@@ -138,8 +150,7 @@ void Line::cut(std::vector<Place>& batch) const {
 // batches of a size are asked for.
 void Line::share(std::vector<Place>& batch, int runners) const {
   bool is_all = waiting_ == static_cast<int64_t>(batch.size());
-  if (runners < 2 || !is_all || limits_.max_queue_delay_ns || !limits_.preferred_batch_size.empty())
-    return;
+  if (runners < 2 || !is_all || !is_free_) return;
   int64_t rows = 0;
   for (auto& place : batch) rows += place.rows;
   int64_t most = (rows + runners - 1) / runners;

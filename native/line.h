@@ -58,6 +58,8 @@ class Line {
   // False when max_queue_size requests wait already.
   bool join(uint64_t key, int64_t rows, uint64_t kind, int64_t now_ns, int64_t deadline_ns,
             int64_t timeout_us, uint64_t priority, void* request = nullptr);
+  // A batch of so many, which took so long.
+  void answered(int64_t requests, int64_t took_ns, int64_t now_ns);
   // What was given with it; nullptr when it is not in line.
   void* leave(uint64_t key);
   // `runners`: those who have nothing to do.
@@ -83,6 +85,9 @@ class Line {
 
   Limits limits_;
   int64_t enough_rows_ = 0;
+  bool is_free_ = true;  // how long to wait for more is left to this line
+  int64_t back_ = 0;     // how many of those answered may ask again until back_ns_
+  int64_t back_ns_ = 0;
   std::map<uint64_t, Row> levels_;  // priority -> in order of arrival; no empty ones
   int64_t waiting_ = 0;
   uint64_t arrivals_ = 0;

@@ -7,6 +7,11 @@ shapes; those of its kind follow until the next would be too many. A batch waits
 then cut to the largest one). Where batches are worth no wait (neither a delay nor preferred sizes),
 all that waits is shared among the runners that have nothing to do.
 
+Who was just answered may well ask again at once. So after a slow batch the next one waits for as
+many to join as were answered, a small part of the time that the batch took. Eight callers of a slow
+model are then one batch of eight each time, and not two of four in turn. A caller alone waits for
+nobody.
+
 Whoever has expired is told so by the next `take`, in the order of expiry, then of arrival, before
 anything else is decided; a request that expires now has expired. The client's own deadline says
 more than a queue timeout, when both are over.
@@ -27,6 +32,10 @@ US = 1000
 """In ns."""
 DELAYED = 1 << 32
 """The level behind all priorities: of those whose timeout passed under DELAY."""
+BACK_SHARE = 32
+"""Of the time that a batch took: so long those whom it answered may take to ask again."""
+BACK_NS_MIN, BACK_NS_MAX = 100_000, 5_000_000
+"""Less is not worth a timer, which is 50 us late; who is not back by then is not coming back."""
 STALE_MAX = 64
 """Expiries of requests that have left already which are kept beside those that count."""
 
@@ -72,6 +81,9 @@ class Line:
         self.expiries: list[tuple[int, int, Item]] = []
         """A heap of (when, how many had come before, who); who left already stays in it a while."""
         self.arrivals = 0
+        self.back = 0
+        """How many of those answered may ask again until `back_ns`."""
+        self.back_ns = 0
         self.configure(limits)
 
     def configure(self, limits: Batching) -> None:
@@ -79,6 +91,8 @@ class Line:
         self.limits = limits
         self.delay_ns = limits.max_queue_delay_microseconds * US
         self.enough_rows = min(limits.preferred_batch_size, default=limits.max_batch_size)
+        self.is_free = not limits.max_queue_delay_microseconds and not limits.preferred_batch_size
+        """How long to wait for more is left to this line."""
 
     @property
     def waiting(self) -> int:
@@ -103,6 +117,7 @@ class Line:
         level = self.level(priority)
         item = Item(key, rows, kind, now_ns, deadline_ns, timeout_ns, level)
         self.arrivals += 1
+        self.back = max(0, self.back - 1)
         self.add(item)
         if deadline_ns or timeout_ns:
             self.remember(item, self.arrivals)
@@ -113,6 +128,13 @@ class Line:
         item = self.items.get(key)
         if item is not None:
             self.remove(item)
+
+    def answered(self, requests: int, took_ns: int, now_ns: int) -> None:
+        """A batch of so many, which took so long."""
+        patience_ns = min(took_ns // BACK_SHARE, BACK_NS_MAX)
+        if patience_ns >= BACK_NS_MIN:
+            self.back = requests + (self.back if now_ns < self.back_ns else 0)
+            self.back_ns = max(self.back_ns, now_ns + patience_ns)
 
     def take(self, now_ns: int, runners: int = 1) -> Turn:
         """`runners`: those who have nothing to do, the one that asks among them."""
@@ -130,7 +152,8 @@ class Line:
         if not self.items:
             return 0
         head = self.head()
-        wait_ns = head.arrived_ns + self.delay_ns - now_ns
+        due_ns = self.back_ns if self.is_free and self.back else head.arrived_ns + self.delay_ns
+        wait_ns = due_ns - now_ns
         if wait_ns <= 0 or self.rows[head.kind] >= self.enough_rows:
             return 0
         if self.expiries:
@@ -163,9 +186,7 @@ class Line:
 
     def shared(self, batch: list[Item], runners: int) -> list[Item]:
         """All that waits, among those who have nothing to do; unless batches are worth a wait."""
-        if runners < 2 or len(batch) < len(self.items) or self.delay_ns:
-            return batch
-        if self.limits.preferred_batch_size:
+        if runners < 2 or len(batch) < len(self.items) or not self.is_free:
             return batch
         sums = list(accumulate(item.rows for item in batch))
         return batch[: max(1, bisect_right(sums, -(-sums[-1] // runners)))]

@@ -342,7 +342,9 @@ class PythonBatcher:
     ) -> None:
         """Before anybody is told: who has an answer finds it in the statistics."""
         with self.lock:
-            self.tally.answered([r.arrived_ns for r in requests], rows, taken_ns, spent_ns)
+            arrived_ns = [request.arrived_ns for request in requests]
+            ended_ns = self.tally.answered(arrived_ns, rows, taken_ns, spent_ns)
+            self.line.answered(len(requests), ended_ns - taken_ns, ended_ns)
 
     def close(self) -> None:
         with self.lock:

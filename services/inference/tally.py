@@ -24,8 +24,8 @@ class Tally:
 
     def answered(
         self, arrived_ns: Sequence[int], rows: int, taken_ns: int, spent_ns: tuple[int, int, int]
-    ) -> None:
-        """A batch, now; `spent_ns`: gathering, inferring, and what came after."""
+    ) -> int:
+        """A batch, now (given back); `spent_ns`: gathering, inferring, and what came after."""
         requests, ended_ns = len(arrived_ns), time.monotonic_ns()
         self.requests += requests
         self.rows += rows
@@ -41,6 +41,7 @@ class Tally:
         runs, ins, infers, outs = self.batches.get(rows, (0, 0, 0, 0))
         self.batches[rows] = (runs + 1, ins + input_ns, infers + infer_ns, outs + output_ns)
         self.last_ms = time.time_ns() // MS
+        return ended_ns
 
     def failed(self, code: int, requests: int, ns: int) -> None:
         known, known_ns = self.failures.get(code, (0, 0))

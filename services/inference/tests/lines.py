@@ -27,6 +27,7 @@ class AnyLine(Protocol):
         timeout_us: int = 0,
         priority: int = 0,
     ) -> bool: ...
+    def answered(self, requests: int, took_ns: int, now_ns: int) -> None: ...
     def leave(self, key: int) -> None: ...
     def take(self, now_ns: int, runners: int = 1) -> Turn: ...
 
@@ -50,6 +51,13 @@ class Take(NamedTuple):
     """Who have nothing to do."""
 
 
+class Answer(NamedTuple):
+    """A batch of so many, which took so long."""
+
+    requests: int
+    took_us: int
+
+
 class Pass(NamedTuple):
     us: int
 
@@ -58,7 +66,7 @@ class Configure(NamedTuple):
     limits: Batching
 
 
-Step = Join | Leave | Take | Pass | Configure
+Step = Join | Leave | Take | Answer | Pass | Configure
 
 
 @st.composite
@@ -77,6 +85,7 @@ def limits(draw: st.DrawFn) -> Batching:
     )
 
 
+TOOK_US = (50, 3_100, 3_200, 9_600, 1_000_000)
 soon_us = st.sampled_from([0, 0, 0, 1, 4, 9, 30])
 joins = st.builds(
     Join,
@@ -93,6 +102,8 @@ steps: st.SearchStrategy[list[Step]] = st.lists(
         joins,
         st.builds(Take, runners=st.integers(1, 4)),
         st.builds(Pass, us=st.integers(1, 12)),
+        st.builds(Pass, us=st.sampled_from([90, 400, 6000])),
+        st.builds(Answer, requests=st.integers(1, 3), took_us=st.sampled_from(TOOK_US)),
         st.builds(Leave, which=st.integers(0, 30)),
         st.builds(Configure, limits=limits()),
     ),
@@ -108,6 +119,7 @@ class NativeLine:
 
         self.line = leptonic_native.Line(**native_limits(given))
         self.join = self.line.join
+        self.answered = self.line.answered
         self.leave = self.line.leave
 
     @property

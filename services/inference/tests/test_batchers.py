@@ -14,6 +14,7 @@ import pytest
 
 from libs.contracts.pipeline import Batching
 from services.inference.front import Batcher, Sampling
+from services.inference.line import BACK_SHARE
 from services.inference.tests.callers import (
     LOOSE,
     PATIENCE_S,
@@ -33,6 +34,8 @@ from services.inference.tests.callers import (
 
 TEN_MINUTES = 600_000_000
 """In us: longer than any test."""
+PATIENCE_US = 2000
+"""With those whom a batch of 64 ms has answered."""
 ROUNDS = 50
 """Chances for a thread to be where it is awaited."""
 
@@ -78,6 +81,20 @@ def test_a_lone_caller_is_always_noticed_by_one_of_the_idle(make: Make, delay_us
             caller.join(batcher)
             assert caller.done.wait(PATIENCE_S)
             assert caller.answer.batch_rows == 1
+
+
+@both
+def test_after_a_slow_batch_the_next_waits_for_who_was_answered(make: Make) -> None:
+    """Long enough for them to ask again, as nothing says that they will not."""
+    batcher = configured(make, Batching())
+    joined(batcher, 1, 1)
+    slow = taken(batcher)
+    spin(BACK_SHARE * PATIENCE_US)
+    answered_ns = time.monotonic_ns()
+    slow.answer(run(slow.inputs()))
+    Caller(3).join(batcher)
+    assert taken(batcher).rows == 1
+    assert time.monotonic_ns() - answered_ns >= PATIENCE_US * 1000
 
 
 @both

@@ -7,10 +7,19 @@ import pytest
 from hypothesis import given, settings
 
 from libs.contracts.pipeline import Batching
-from services.inference.line import DELAYED, STALE_MAX, Line, Turn
+from services.inference.line import (
+    BACK_NS_MAX,
+    BACK_NS_MIN,
+    BACK_SHARE,
+    DELAYED,
+    STALE_MAX,
+    Line,
+    Turn,
+)
 from services.inference.tests.lines import (
     LINES,
     US,
+    Answer,
     AnyLine,
     Configure,
     Join,
@@ -55,6 +64,8 @@ class Watched:
         self.joined = 0
         self.over: list[int] = []
         """Keys that left in any way."""
+        self.back, self.back_ns = 0, 0
+        """Who may ask again, and until when."""
 
     def step(self, step: Step) -> None:
         match step:
@@ -64,6 +75,8 @@ class Watched:
                 self.leave(which % (self.joined + 1))
             case Take(runners):
                 self.take(runners)
+            case Answer(requests, took_us):
+                self.answer(requests, took_us * US)
             case Pass(us):
                 self.now_ns += us * US
             case Configure(given):
@@ -87,8 +100,18 @@ class Watched:
         )
         assert took == (len(self.there) < self.limits.max_queue_size)
         if took:
+            self.back -= self.back > 0
             self.joined = key
             self.there.append(self.ticket(key, asked, deadline_ns))
+
+    def answer(self, requests: int, took_ns: int) -> None:
+        self.line.answered(requests, took_ns, self.now_ns)
+        if took_ns // BACK_SHARE >= BACK_NS_MIN:
+            until_ns = self.now_ns + min(took_ns // BACK_SHARE, BACK_NS_MAX)
+            if self.back_ns <= self.now_ns:
+                self.back = 0
+            self.back += requests
+            self.back_ns = max(self.back_ns, until_ns)
 
     def ticket(self, key: int, asked: Join, deadline_ns: int) -> Ticket:
         known = self.limits
@@ -143,6 +166,8 @@ class Watched:
         """The head is in it, nobody of its kind is passed over, and it is as large as may be."""
         assert turn.wait_ns == 0
         equals = self.equals()
+        is_full = sum(one.rows for one in equals) >= self.limits.max_batch_size
+        assert is_full or not (self.is_free and self.back and self.now_ns < self.back_ns)
         assert turn.batch == [one.key for one in equals[: len(turn.batch)]]
         rows = [one.rows for one in equals]
         count, size = len(turn.batch), self.limits.max_batch_size
@@ -157,12 +182,14 @@ class Watched:
             assert count == 1 or sum(rows[:count]) <= share
             assert count == most or sum(rows[: count + 1]) > share
 
+    @property
+    def is_free(self) -> bool:
+        limits = self.limits
+        return not limits.preferred_batch_size and not limits.max_queue_delay_microseconds
+
     def share(self, rows: int, runners: int) -> int:
         """Of each runner that has nothing to do, where a batch waits for nothing better."""
-        limits = self.limits
-        if limits.preferred_batch_size or limits.max_queue_delay_microseconds:
-            return max(rows, 1)
-        return -(-rows // runners)
+        return -(-rows // runners) if self.is_free else max(rows, 1)
 
     def check_wait(self, turn: Turn) -> None:
         """It waits only for what could make the batch better, and not past anybody's time."""
@@ -173,6 +200,8 @@ class Watched:
         enough = min(self.limits.preferred_batch_size, default=self.limits.max_batch_size)
         assert sum(one.rows for one in equals) < enough
         due_ns = equals[0].arrived_ns + self.limits.max_queue_delay_microseconds * US
+        if self.is_free and self.back:
+            due_ns = self.back_ns
         look_ns = min(due_ns, *(one.expires_ns for one in self.there))
         assert turn.wait_ns == look_ns - self.now_ns > 0
 
@@ -219,6 +248,9 @@ def test_both_lines_decide_the_same_at_every_step(given_limits: Batching, walk: 
             case Take(runners):
                 turns = [line.take(now_ns, runners) for line in lines]
                 assert turns[0] == turns[1]
+            case Answer(requests, took_us):
+                for line in lines:
+                    line.answered(requests, took_us * US, now_ns)
             case Pass(us):
                 now_ns += us * US
             case Configure(current):
@@ -320,6 +352,47 @@ def test_a_preferred_size_does_not_wait_and_cuts(make: Make) -> None:
 def test_a_request_larger_than_the_preferred_size_is_served_whole(make: Make) -> None:
     line = joined(make, Batching(preferred_batch_size=(2,)), Join(5), Join(1))
     assert [line.take(9).batch for _ in range(2)] == [[1], [2]]
+
+
+@both
+def test_who_was_just_answered_is_waited_for_as_long_as_the_batch_was_slow(make: Make) -> None:
+    line = joined(make, Batching(), Join(1), Join(1))
+    line.answered(2, 6_400_000, 1000)
+    assert line.take(1500) == Turn([], [], 200_000 + 1000 - 1500)
+    assert line.join(3, 1, 0, 2000)
+    assert line.take(2000) == Turn([], [], 199_000)
+    assert line.join(4, 1, 0, 3000)
+    assert line.take(3000) == Turn([1, 2, 3, 4], [], 0)
+    line.answered(4, 6_400_000, 10_000)
+    assert line.join(5, 1, 0, 11_000)
+    assert line.take(210_000) == Turn([5], [], 0)
+
+
+@both
+def test_a_caller_alone_waits_for_nobody(make: Make) -> None:
+    line = joined(make, Batching(), Join(1))
+    assert line.take(1).batch == [1]
+    line.answered(1, 1_000_000_000, 5)
+    assert line.join(2, 1, 0, 6)
+    assert line.take(6) == Turn([2], [], 0)
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "took_ns"),
+    [
+        (Batching(), BACK_SHARE * BACK_NS_MIN - 1),
+        (Batching(preferred_batch_size=(1,)), 1_000_000_000),
+        (Batching(max_batch_size=1), 1_000_000_000),
+    ],
+    ids=["too quick a batch", "a size is asked for", "full"],
+)
+def test_what_is_not_worth_it_does_not_wait_for_who_was_answered(
+    make: Make, given: Batching, took_ns: int
+) -> None:
+    line = joined(make, given, Join(1))
+    line.answered(3, took_ns, 5)
+    assert line.take(6) == Turn([1], [], 0)
 
 
 @both
