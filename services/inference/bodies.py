@@ -4,7 +4,6 @@ HTTP and the bus carry these bodies. The JSON's length travels in the header `HE
 binary tensors follow; they come in the order in which the JSON names them.
 """
 
-import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from time import monotonic_ns
@@ -16,6 +15,7 @@ from libs.bus import TRACE_HEADER
 from libs.contracts.artifacts import Tensor
 from libs.doors import Invalid
 from services.inference import tensors
+from services.inference.aside import aside
 from services.inference.calls import Answer, Call, Parameter
 from services.inference.classification import classes_of, classified
 from services.inference.endpoints import Endpoints
@@ -34,8 +34,6 @@ NS, US = 1e9, 1000
 """In ns: a second, a microsecond."""
 BINARY_SIZE = "binary_data_size"
 BINARY_ALL = "binary_data_output"
-IN_PLACE_BYTES = 64 << 10
-"""What is read or (de)compressed sooner than a thread is found."""
 Values = tuple[Any, ...] | None
 """Flat, row-major; None of an input whose values are elsewhere."""
 
@@ -101,10 +99,7 @@ class Exchange:
     ) -> Body:
         """Raises `Refused`. `patience_s`: what a caller waits at most, by the request's `timeout`
         perhaps less; 0 for as long as it takes."""
-        if len(body) > IN_PLACE_BYTES:
-            request, values, binary = await asyncio.to_thread(split, body, header_length)
-        else:
-            request, values, binary = split(body, header_length)
+        request, values, binary = await aside(len(body), split, body, header_length)
         given = given_of(request, values, binary, self.memory)
         wishes = wishes_of(request, self.memory)
         deadline_ns = deadline_of(request, patience_s) if patience_s else 0
@@ -121,7 +116,9 @@ class Exchange:
             model, version, request.id, given, asked, deadline_ns, traceparent, own, classes
         )
         answer = await self.endpoints.infer(call)
-        return body_of(answer, wishes, bool(request.parameters.get(BINARY_ALL, False)))
+        size = sum(array.nbytes for _, array in answer.outputs)
+        every_binary = bool(request.parameters.get(BINARY_ALL, False))
+        return await aside(size, body_of, answer, wishes, every_binary)
 
 
 def deadline_of(request: InferRequest, patience_s: float) -> int:

@@ -14,6 +14,7 @@ from services.inference.tensors import Array, Arrays, Given, Unfit
 Parameter = bool | int | float | str
 WHOLE_MAX = (1 << 63) - 1
 """What every front can count with."""
+VALUE_BYTES = 8
 
 
 class Call(NamedTuple):
@@ -36,6 +37,17 @@ class Call(NamedTuple):
     """Output -> how many of its highest classes are asked for instead of it."""
     forwarded: bool = False
     """By another replica: answered here or not at all."""
+
+    @property
+    def bytes_by_value(self) -> int:
+        """Of the inputs that are no numbers lying in a row."""
+        size = 0
+        for one in self.given:
+            if one.values is not None:
+                size += len(one.values) * VALUE_BYTES
+            elif one.raw is not None and one.datatype == "BYTES":
+                size += len(one.raw)
+        return size
 
 
 class Answer(NamedTuple):

@@ -13,6 +13,7 @@ from libs.contracts.pipeline import Batching
 from libs.contracts.protos.model_config_pb2 import ModelConfig
 from libs.doors import Internal, NotFound, Refused, Unavailable
 from services.inference import domain, modelconfig, sequences
+from services.inference.aside import aside
 from services.inference.calls import Answer, Asked, Call, accepted
 from services.inference.endpoint import Endpoint, Origin, in_order
 from services.inference.front import Front
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 Key = tuple[str, str]
 """(project, model)."""
 CORES = len(os.sched_getaffinity(0))
+IN_PLACE = 0
 OnQuarantine = Callable[[Endpoint, str], Awaitable[None]]
 """Brings another version in the place of the one that is quarantined."""
 
@@ -217,17 +219,7 @@ class Endpoints:
             answer = await self.elsewhere.infer(self.key_of(call.model), call)
             if answer is not None:
                 return answer
-            served = self.chosen(call)
-        except Refused as error:
-            trace_refusal(call, error, began_ns)
-            raise
-        try:
-            asked = accepted(call, served)
-        except Refused as error:
-            served.refuse(error.code.value[0], began_ns)
-            trace_refusal(call, error, began_ns)
-            raise
-        try:
+            served, asked = await self.taken(call, began_ns)
             result = await run(served, asked, call)
         except Refused as error:
             trace_refusal(call, error, began_ns)
@@ -237,6 +229,15 @@ class Endpoints:
         labels = served.model.labels
         return Answer(call.model, served.version, asked.id, outputs, labels, place)
 
+    async def taken(self, call: Call, began_ns: int) -> tuple[Served, Asked]:
+        """Raises `Refused`."""
+        served = self.chosen(call)
+        asked = await read(call, served, beside(call, served), began_ns)
+        if served.is_closed:  # it went meanwhile; who is read in place now, its version cannot
+            served = self.chosen(call)
+            asked = await read(call, served, IN_PLACE, began_ns)
+        return served, asked
+
     async def stream(self, call: Call) -> AsyncGenerator[Answer, None]:
         """Any number of answers of a decoupled model; exactly one of any other. Raises
         `Refused`."""
@@ -244,7 +245,7 @@ class Endpoints:
         if not served.model.decoupled:
             yield await self.infer(call)
             return
-        asked = accepted(call, served)
+        asked = await aside(beside(call, served), accepted, call, served)
         async for outputs in served.stream(asked.inputs, call.deadline_ns):
             check_streamed(served, outputs)
             own = [(one, outputs[one.name]) for one in asked.outputs if one.name in outputs]
@@ -294,6 +295,21 @@ def check_streamed(served: Served, outputs: Arrays) -> None:
             checked(outputs, known[name], None)
         except ValueError as error:
             raise Internal(f"{served.title} failed: {error}") from error
+
+
+def beside(call: Call, served: Served) -> int:
+    """How many bytes of it are to be read where others are answered meanwhile. The requests of a
+    sequence stay in their order."""
+    return IN_PLACE if served.sequencer else call.bytes_by_value
+
+
+async def read(call: Call, served: Served, size: int, began_ns: int) -> Asked:
+    """Raises `Refused`."""
+    try:
+        return await aside(size, accepted, call, served)
+    except Refused as error:
+        served.refuse(error.code.value[0], began_ns)
+        raise
 
 
 async def run(served: Served, asked: Asked, call: Call) -> Result:

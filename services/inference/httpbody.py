@@ -11,7 +11,8 @@ from starlette.responses import Response
 from libs.doors import Exhausted
 from libs.doors.serve import MESSAGE_BYTES_MAX
 from services.inference import compression
-from services.inference.bodies import BINARY, HEADER_LENGTH, IN_PLACE_BYTES, JSON, Body, decoded
+from services.inference.aside import aside
+from services.inference.bodies import BINARY, HEADER_LENGTH, JSON, Body, decoded
 from services.inference.compression import TooLarge
 
 HELD_BYTES_MAX = 1 << 30
@@ -80,8 +81,5 @@ async def sent(request: Request, body: Body) -> Response:
     coding = compression.coding_for(request.headers.get("accept-encoding", ""), len(payload))
     if coding:
         headers |= {"Content-Encoding": coding, "Vary": "Accept-Encoding"}
-        if len(payload) > IN_PLACE_BYTES:
-            payload = await asyncio.to_thread(compression.compressed, payload, coding)
-        else:
-            payload = compression.compressed(payload, coding)
+        payload = await aside(len(payload), compression.compressed, payload, coding)
     return Response(payload, media_type=kind, headers=headers)

@@ -11,6 +11,7 @@ from libs.contracts.artifacts import Tensor
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.doors import Invalid
 from services.inference import tensors
+from services.inference.aside import aside
 from services.inference.calls import Answer, Call, Parameter
 from services.inference.classification import classes_of, classified
 from services.inference.front import Counts
@@ -154,7 +155,21 @@ def with_values(tensor: Any, place: str) -> Given:
     return Given(tensor.name, tensor.datatype, tensor.shape, values=values)
 
 
-def response_of(answer: Answer, wanted: Wanted) -> oip.ModelInferResponse:
+async def response_of(answer: Answer, wanted: Wanted) -> oip.ModelInferResponse:
+    """Raises `Refused`."""
+    return await aside(bytes_by_value(answer, wanted), written, answer, wanted)
+
+
+def bytes_by_value(answer: Answer, wanted: Wanted) -> int:
+    """Of the outputs that are no numbers lying in a row."""
+    return sum(
+        array.nbytes
+        for tensor, array in answer.outputs
+        if wanted.typed or tensor.datatype == "BYTES"
+    )
+
+
+def written(answer: Answer, wanted: Wanted) -> oip.ModelInferResponse:
     """Raw, or as values when the request came so and every output can."""
     response = oip.ModelInferResponse(
         model_name=answer.model, model_version=answer.version, id=answer.id
@@ -182,7 +197,8 @@ def add_output(response: Any, tensor: Tensor, array: Array, window: Any, typed: 
             response.raw_output_contents.append(b"")
     elif typed:
         values = getattr(output.contents, CONTENTS[tensor.datatype])
-        values.extend(tensors.to_values(tensor.datatype, array))
+        for part in tensors.parts(array):
+            values.extend(tensors.to_values(tensor.datatype, part))
     else:
         response.raw_output_contents.append(tensors.to_raw(tensor.datatype, array))
 

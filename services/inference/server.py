@@ -119,7 +119,7 @@ class OpenInference(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 f"ask '{call.model}' with ModelStreamInfer"
             )
         answer = await self.endpoints.infer(call)
-        return protocol.response_of(answer, wanted)
+        return await protocol.response_of(answer, wanted)
 
     def ModelStreamInfer(
         self, request_iterator: AsyncIterator[oip.ModelInferRequest], context: Context

@@ -98,7 +98,7 @@ class Stream:
         try:
             call, wanted = protocol.call_of(request, self.memory, self.context)
             answer = await self.endpoints.infer(call)
-            return self.response(answer, wanted, final=True)
+            return await self.response(answer, wanted, final=True)
         except Refused as error:
             return failed(request, error)
         except Exception as error:  # the others of the stream are answered
@@ -109,7 +109,7 @@ class Stream:
             call, wanted = protocol.call_of(request, self.memory, self.context)
             call = call._replace(version=self.endpoints.chosen(call).version)
             async for answer in self.endpoints.stream(call):
-                await self.put(self.response(answer, wanted, final=False))
+                await self.put(await self.response(answer, wanted, final=False))
             if wanted.empty_final:
                 await self.put(last(call))
         except Refused as error:
@@ -117,8 +117,10 @@ class Stream:
         except Exception as error:  # as above
             await self.put(failed(request, unexpected(request, error)))
 
-    def response(self, answer: Answer, wanted: Wanted, final: bool) -> oip.ModelStreamInferResponse:
-        response = protocol.response_of(answer, wanted)
+    async def response(
+        self, answer: Answer, wanted: Wanted, final: bool
+    ) -> oip.ModelStreamInferResponse:
+        response = await protocol.response_of(answer, wanted)
         response.parameters[FINAL].bool_param = final
         return oip.ModelStreamInferResponse(infer_response=response)
 

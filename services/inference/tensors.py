@@ -6,7 +6,7 @@ Triton's where its clients look for them.
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,8 @@ VALUES: dict[str, tuple[type, ...]] = {
 }
 """Kinds of Python values; of what is not listed, `WHOLE`."""
 LENGTH = struct.Struct("<I")
+TOGETHER = 1 << 14
+"""Values that are read or written in one call, during which no other thread runs."""
 
 
 class Unfit(ValueError):
@@ -196,23 +198,37 @@ def from_values(model: str, given: Given, values: Sequence[Any], text: bool) -> 
             f"sending {datatype} data as values is not supported. "
             f"Please use the binary data format for input '{name}'"
         )
-    flat = flattened(values) if isinstance(values, list) else list(values)
+    flat = flattened(values) if isinstance(values, list) else values
     count = math.prod(given.shape)
     if len(flat) != count:
         raise Unfit(
             f"input '{name}' for model '{model}' got {len(flat)} values, expected {count} "
             f"for {datatype} {bracketed(given.shape)}"
         )
-    for kind in set(map(type, flat)):
-        if kind not in VALUES.get(datatype, WHOLE):
-            raise Unfit(f"input '{name}' holds a {kind.__name__}, expected {datatype} values")
     if datatype == "BYTES":
+        check_values(given, flat)
         return strings(given, flat, text)
+    array = np.empty(count, DTYPES[datatype])
+    for at in range(0, count, TOGETHER):
+        array[at : at + TOGETHER] = some_numbers(given, flat[at : at + TOGETHER])
+    return array.reshape(tuple(given.shape))
+
+
+def some_numbers(given: Given, values: Sequence[Any]) -> Array:
+    check_values(given, values)
+    name, datatype = given.name, given.datatype
     try:
         with np.errstate(over="raise"):
-            return np.array(flat, DTYPES[datatype]).reshape(tuple(given.shape))
+            return np.array(values, DTYPES[datatype])
     except (OverflowError, FloatingPointError) as error:
         raise Unfit(f"input '{name}' holds a value out of range for {datatype}: {error}") from error
+
+
+def check_values(given: Given, values: Sequence[Any]) -> None:
+    datatype = given.datatype
+    for kind in set(map(type, values)):
+        if kind not in VALUES.get(datatype, WHOLE):
+            raise Unfit(f"input '{given.name}' holds a {kind.__name__}, expected {datatype} values")
 
 
 def flattened(values: Sequence[Any]) -> list[Any]:
@@ -262,6 +278,13 @@ def to_values(datatype: str, array: Array) -> list[Any]:
     if datatype == "BYTES":
         return [encoded_string(element) for element in flat]
     return flat.tolist()  # type: ignore[no-any-return]
+
+
+def parts(array: Array) -> Iterator[Array]:
+    """Flat, row-major."""
+    flat = array.reshape(-1)
+    for at in range(0, len(flat), TOGETHER):
+        yield flat[at : at + TOGETHER]
 
 
 def encoded_string(element: Any) -> bytes:

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.protos import model_config_pb2
 from services.inference import tensors
-from services.inference.tensors import CONTENTS, DTYPES, Array, Given, Unfit
+from services.inference.tensors import CONTENTS, DTYPES, TOGETHER, Array, Given, Unfit
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=3, max_side=4)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=6)
@@ -73,6 +73,14 @@ def test_values_come_back_the_same_flat_and_nested(one: tuple[str, Array]) -> No
     for values in (flat, tuple(flat), array.tolist()):
         back = taken(datatype, array.shape, values=values)
         assert np.array_equal(back, array, equal_nan=datatype.startswith("FP"))
+
+
+def test_of_many_values_each_is_checked() -> None:
+    shape = (TOGETHER + 1,)
+    with pytest.raises(Unfit, match="holds a float, expected INT32"):
+        taken("INT32", shape, values=[*[1] * TOGETHER, 1.5])
+    with pytest.raises(Unfit, match="holds a value out of range for INT8"):
+        taken("INT8", shape, values=[*[1] * TOGETHER, 128])
 
 
 @pytest.mark.parametrize("datatype", RAW_ONLY)
