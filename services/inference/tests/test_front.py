@@ -11,12 +11,13 @@ import pytest
 from libs.contracts.artifacts import Signature, Tensor
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
-from services.inference import router
+from services.inference import frames, router
 from services.inference.front import Lane, Sampling
 from services.inference.rpcs import MODEL_INFER
 from services.inference.tests.fronts import (
     DIGITS,
     PAIR,
+    POST,
     SAID_BY_PYTHON,
     SILENT,
     kinds,
@@ -229,6 +230,25 @@ async def test_who_waited_too_long_is_told(kind: str) -> None:
         await eventually(lambda: monotonic_ns() > waits_ns + 2_000_000)
         here.go.set()
         assert await refusal(call) == (Code.UNAVAILABLE, "Request timeout expired")
+
+
+async def test_who_is_past_its_callers_deadline_is_told_and_not_computed(kind: str) -> None:
+    async with place(kind) as here, here.client() as client:
+        here.go.clear()
+        batcher = here.serve_digits({"1": 100})["1"]
+        raw = await here.raw()
+        head = [(b":path", MODEL_INFER.encode()), *POST, (b"grpc-timeout", b"100m")]
+        said = frames.frame(frames.HEADERS, frames.END_HEADERS, 1, frames.block(head))
+        body = prefixed(request(5.0).SerializeToString())
+        said += frames.frame(frames.DATA, frames.END_STREAM, 1, body)
+        await raw.say(raw.hello() + said)
+        await eventually(lambda: batcher.counts().waiting == 1)
+        over_ns = monotonic_ns() + 100_000_000
+        await eventually(lambda: monotonic_ns() > over_ns)
+        here.go.set()
+        assert (await raw.headers())["grpc-status"] == "4"
+        assert values(await client.ModelInfer(request(6.0))) == [6.0] * 4
+        assert here.sizes == [1]
 
 
 async def test_python_finds_out_who_answers_for_a_version_that_is_gone(kind: str) -> None:

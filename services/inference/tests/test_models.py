@@ -61,6 +61,29 @@ def heavy() -> bytes:
     return bytes(model.SerializeToString())
 
 
+def quantised(weights: Any, scale: float) -> bytes:
+    """`x @ (weights * scale)` with int8 weights, and 8 bits of `x` as it comes."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["bytes", "step", "zero"]),
+        helper.make_node("MatMulInteger", ["bytes", "w", "zero"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["step", "scale"], ["unit"]),
+        helper.make_node("Mul", ["floats", "unit"], ["y"]),
+    ]
+    made = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", weights.shape[0]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", weights.shape[1]])],
+        [
+            helper.make_tensor("w", TensorProto.INT8, weights.shape, weights.tobytes(), raw=True),
+            helper.make_tensor("scale", TensorProto.FLOAT, [], [scale]),
+        ],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
 def row_of(datatype: str) -> Any:
     if datatype == "BYTES":
         return np.array([["a", "é\0b"]], object)
@@ -75,6 +98,16 @@ def test_every_datatype_goes_in_and_comes_out(datatype: str) -> None:
     assert given_back.dtype == given.dtype
     assert given_back.tolist() == given.tolist()
     assert model.signature.inputs == [Tensor("x", datatype, [-1, 2])]
+
+
+def test_a_graph_with_int8_in_it_answers_nearly_as_its_floats() -> None:
+    random = np.random.default_rng(1)
+    weights = random.integers(-127, 128, (64, 10)).astype(np.int8)
+    rows = random.random((5, 64), np.float32)
+    model = OnnxModel("int8", "", quantised(weights, 0.01), batched=True)
+    assert model.signature.inputs == [Tensor("x", "FP32", [-1, 64])]
+    exact = rows @ (weights.astype(np.float32) * np.float32(0.01))
+    assert np.abs(model.run({"x": rows})["y"] - exact).max() < 0.02 * np.abs(exact).max()
 
 
 def test_bf16_rows_outlive_the_run_that_made_them() -> None:

@@ -21,6 +21,11 @@ from services.inference.served import Rates
 from services.inference.tensors import Given
 
 SWAPS = 10
+SETTINGS = """
+{"name": "theirs", "implementation": "their.own.Runtime", "max_batch_size": 4,
+ "parameters": {"uri": "./net.onnx", "version": "v2"},
+ "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}]}
+"""
 CALLERS = 8
 
 
@@ -107,6 +112,16 @@ async def test_the_newest_version_answers_and_older_ones_by_number(
     await started(tmp_path, endpoints)
     assert await factor_of(endpoints, "m") == 10
     assert await factor_of(endpoints, "m", "2") == 2
+
+
+async def test_an_mlserver_folder_is_served_as_it_is(tmp_path: Path, endpoints: Endpoints) -> None:
+    folder = tmp_path / "any"
+    folder.mkdir()
+    (folder / "net.onnx").write_bytes(graph(3))
+    (folder / "model-settings.json").write_text(SETTINGS)
+    await started(tmp_path, endpoints)
+    assert await factor_of(endpoints, "theirs", "2") == 3
+    assert endpoints.served("theirs", "").rows_max == 4
 
 
 async def test_models_are_loaded_and_unloaded_on_demand(
