@@ -23,7 +23,15 @@ from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.fleet import NODE_MOVES
 from services.scheduler.jobs import SPEC_BYTES_MAX, STATES, TERMINAL, Placement
 from services.scheduler.nodes import DEAF_S, HEALTH, SILENT_S, Liveness
-from services.scheduler.stimuli import Heartbeat, JobSubmitted, Running, Stimulus, Tick
+from services.scheduler.stimuli import (
+    Heartbeat,
+    JobSubmitted,
+    QueueApplied,
+    QueueSpec,
+    Running,
+    Stimulus,
+    Tick,
+)
 
 TWO_CPUS = Resources(cpu_milli=2000, memory_mib=4096)
 
@@ -159,6 +167,19 @@ def test_failures_are_tried_again_up_to_the_limit() -> None:
     (ended,) = run(scheduler, failed(second, retryable=True))
     assert isinstance(ended, JobFailed)
     assert ended.reason == "attempt 2 on n: loss is NaN (all 2 attempts used)"
+
+
+def test_an_attempt_that_was_preempted_counts_for_none() -> None:
+    scheduler = Scheduler()
+    run(scheduler, beat(), QueueApplied(QueueSpec(queue="q", within_queue="lower")))
+    whole: dict[str, Any] = {"queue": "q", "resources": TWO_CPUS, "attempts_max": 2}
+    run(scheduler, request("low", **whole))
+    high = placed_by(run(scheduler, request("high", priority=1, **whole)))
+    second = placed_by(run(scheduler, succeeded(high)))
+    third = placed_by(run(scheduler, failed(second, retryable=True)))
+    assert (third.job, third.attempt) == ("low", 3)
+    (ended,) = run(scheduler, failed(third, retryable=True))
+    assert isinstance(ended, JobFailed)
 
 
 def test_an_error_of_the_users_fails_at_once() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.scheduler import native_pool
 from services.scheduler.pool import SCORES, PythonPool
-from services.scheduler.scores import Prices
+from services.scheduler.scores import CPU_UNIT, Prices
 from services.scheduler.shapes import Machine, Shape, Spot, capacity
 
 pytestmark = pytest.mark.skipif(
@@ -183,6 +183,10 @@ PLAN = Prices(
     cpu_step=2000,
     memory_step=300,
 )
+MIXES = (
+    [(PLACED[0], 4), (PLACED[2], 3), (PLACED[3], 1)],
+    [(PLACED[3], 5), (PLACED[1], 1)],
+)
 
 
 def walk(twins: Twins, names: list[str], steps: int, draw: random.Random) -> None:
@@ -200,20 +204,20 @@ def walk(twins: Twins, names: list[str], steps: int, draw: random.Random) -> Non
 @pytest.mark.parametrize("policy", SCORES)
 def test_nodes_that_are_alike_are_told_apart_by_name(policy: str) -> None:
     """Of two kinds, so that most of the time several share what is free; and come to share it by
-    different ways, with other GPUs taken."""
+    different ways, with other GPUs taken. What is learned on the way counts at once."""
     twins, draw = Twins(policy), random.Random(policy)
     names = [f"n{i:02}" for i in range(12)]
     for name in draw.sample(names, len(names)):
-        model = MODELS[int(name[1:]) % 2]
-        twins.join(Machine(name, 16_000, 2000, 4, model))
-    twins.learn([(PLACED[0], 4), (PLACED[2], 3), (PLACED[3], 1)])
-    twins.price(PLAN)
-    walk(twins, names, 200, draw)
+        twins.join(Machine(name, 16_000, 2000, 4, MODELS[int(name[1:]) % 2]))
+    for mix, model in zip(MIXES, MODELS, strict=True):
+        twins.learn(mix)
+        twins.price(msgspec.structs.replace(PLAN, models=(model,)))
+        walk(twins, names, 100, draw)
 
 
 @pytest.mark.parametrize("policy", ["best_fit", "fgd", "priced"])
 def test_nodes_that_all_differ_are_each_looked_at(policy: str) -> None:
-    """More of them than there is room for at first, and some come later."""
+    """More of them than there is room for at first, and between two questions comes one more."""
     twins, draw = Twins(policy), random.Random(policy)
     names = [f"n{i:02}" for i in range(90)]
     twins.learn([(PLACED[0], 4), (PLACED[3], 1)])
@@ -221,22 +225,33 @@ def test_nodes_that_all_differ_are_each_looked_at(policy: str) -> None:
     for part in (names[::3], names[1::3], names[2::3]):
         for name in part:
             twins.join(Machine(name, 4000 + 97 * int(name[1:]), 2000, 2, MODELS[int(name[1:]) % 2]))
+            twins.place(draw.choice(PLACED), 1, False)
         walk(twins, part, 30, draw)
 
 
 def test_many_names_in_any_order_keep_their_order() -> None:
-    """Ties go to the first name; between two names that come one after the other there are more
-    joins than the numbers between them."""
-    pool = native_pool.NativePool("best_fit", 0)
+    """Ties go to the first name, also of nodes that differ in what best fit does not look at;
+    between two names that come one after the other there are more joins than the numbers between
+    them."""
+    twins = Twins("best_fit")
     names = ["a", "z"] + ["a" + "b" * i for i in range(80, 0, -1)] + ["y" * i for i in range(1, 90)]
-    for name in names:
-        pool.join(Machine(name, 1000, 1000))
-        pool.open(name, True)
+    for i, name in enumerate(names):
+        twins.join(Machine(name, 1000, 1000 + i % 3))
     taken = []
-    while spot := pool.find(Shape(1000, 0)):
-        pool.take(Shape(1000, 0), spot)
+    while spot := twins.both(lambda pool: pool.find(Shape(1000, 0))):
+        twins.take(Shape(1000, 0), spot)
         taken.append(spot.node)
     assert taken == sorted(names)
+
+
+def test_a_score_below_zero_is_rounded_down() -> None:
+    """More is free than best fit's largest node has: a hair below 0 is no tie with 0, which would
+    go to the first name."""
+    twins = Twins("best_fit")
+    twins.join(Machine("a", 2 * CPU_UNIT + 1, 0))
+    twins.join(Machine("b", 2 * CPU_UNIT, 0))
+    twins.place(Shape(0, 0), 1, False)
+    assert twins.spots() == [Spot("b")]
 
 
 def test_forgetting_shapes_and_states_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
