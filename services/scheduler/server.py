@@ -140,8 +140,9 @@ class Doors(SchedulerServicer):
         """Those that were applied, and those with a job that has not ended."""
 
         def answer(scheduler: Scheduler) -> ListQueuesResponse:
-            names = views.queue_names(scheduler)
-            return ListQueuesResponse(queues=[views.queue_of(scheduler, name) for name in names])
+            names, now = views.queue_names(scheduler), time.time()
+            queues = [views.queue_of(scheduler, name, now) for name in names]
+            return ListQueuesResponse(queues=queues)
 
         return await self.ask(answer)
 
@@ -152,7 +153,7 @@ class Doors(SchedulerServicer):
             applied = QueueApplied(spec)
             return [applied] if scheduler.is_news(applied) else []
 
-        return await self.ask(lambda scheduler: views.queue_of(scheduler, spec.queue), wish)
+        return await self.ask(lambda one: views.queue_of(one, spec.queue, time.time()), wish)
 
     async def DeleteQueue(self, request: DeleteQueueRequest, _: Any) -> DeleteQueueResponse:
         def wish(scheduler: Scheduler) -> list[Stimulus]:

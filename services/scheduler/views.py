@@ -16,6 +16,7 @@ from libs.doors import Invalid
 from services.scheduler import elastic, jobs, planner, quota, scores
 from services.scheduler.advice import Advice
 from services.scheduler.changes import Change
+from services.scheduler.debts import FINE
 from services.scheduler.deployments import Deployment
 from services.scheduler.domain import Scheduler, on
 from services.scheduler.explain import Why
@@ -86,7 +87,7 @@ def job_of(scheduler: Scheduler, job: jobs.Job) -> proto.Job:
 # --- queues
 
 
-def queue_of(scheduler: Scheduler, name: str) -> proto.Queue:
+def queue_of(scheduler: Scheduler, name: str, now: float) -> proto.Queue:
     spec, used = scheduler.specs.get(name), scheduler.quota.used.get(name, {})
     waiting = sum(len(line.places) for line in scheduler.lines.by_queue.get(name, {}).values())
     queue = proto.Queue(
@@ -105,7 +106,9 @@ def queue_of(scheduler: Scheduler, name: str) -> proto.Queue:
         return queue
     queue.cohort, queue.weight, queue.order = spec.cohort, spec.weight, spec.order
     queue.share = scheduler.quota.share(name, {})
-    queue.quotas.extend(use_of(scheduler, spec, resource) for resource in sorted(spec.nominal))
+    owed = owed_by(scheduler, spec, now)
+    for resource in sorted(spec.nominal):
+        queue.quotas.append(use_of(scheduler, spec, resource, owed.get(resource, 0)))
     return queue
 
 
@@ -114,7 +117,15 @@ def replicas_of(scheduler: Scheduler, deployment: Deployment) -> proto.Replicas:
     return proto.Replicas(project=deployment.project, model=deployment.model, **told)
 
 
-def use_of(scheduler: Scheduler, spec: QueueSpec, resource: str) -> proto.QuotaUse:
+def owed_by(scheduler: Scheduler, spec: QueueSpec, now: float) -> dict[str, int]:
+    """By resource, in its unit, where it decides."""
+    if spec.cohort not in scheduler.quota.leveled:
+        return {}
+    owed = scheduler.debts.owed_by(spec.queue, now, scheduler.lines)
+    return {name: round(parts / FINE) for name, parts in owed.items()}
+
+
+def use_of(scheduler: Scheduler, spec: QueueSpec, resource: str, owes: int) -> proto.QuotaUse:
     has = scheduler.quota.has(spec.queue, resource)
     return proto.QuotaUse(
         resource=resource,
@@ -123,6 +134,7 @@ def use_of(scheduler: Scheduler, spec: QueueSpec, resource: str) -> proto.QuotaU
         borrowed=max(0, has - spec.nominal[resource]),
         lent=lent(scheduler, spec, resource),
         left=max(0, scheduler.quota.room(spec.queue, resource)),
+        owes=owes,
     )
 
 

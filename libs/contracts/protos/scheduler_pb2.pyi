@@ -792,6 +792,7 @@ class QuotaUse(message.Message):
     BORROWED_FIELD_NUMBER: builtins.int
     LENT_FIELD_NUMBER: builtins.int
     LEFT_FIELD_NUMBER: builtins.int
+    OWES_FIELD_NUMBER: builtins.int
     resource: builtins.str
     nominal: builtins.int
     used: builtins.int
@@ -800,6 +801,10 @@ class QuotaUse(message.Message):
     """Of its own, what others of the cohort have now."""
     left: builtins.int
     """So much more it may take now."""
+    owes: builtins.int
+    """In a cohort all of whose queues go by `attained`: the mean, with a half-life of a day, of what
+    it had above what it would have alone. Less than 0 for what it is owed.
+    """
     def __init__(
         self,
         *,
@@ -809,10 +814,11 @@ class QuotaUse(message.Message):
         borrowed: builtins.int = ...,
         lent: builtins.int = ...,
         left: builtins.int = ...,
+        owes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["borrowed", b"borrowed", "left", b"left", "lent", b"lent", "nominal", b"nominal", "resource", b"resource", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["borrowed", b"borrowed", "left", b"left", "lent", b"lent", "nominal", b"nominal", "owes", b"owes", "resource", b"resource", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -303,7 +303,7 @@ def nodes(session: Session) -> None:
 @verb
 @click.option("--delete", help="The quota and rules of this queue; its jobs stay.")
 def queues(session: Session, delete: str | None) -> None:
-    """The queues: what waits and runs, what is their own, borrowed, lent and left; replicas."""
+    """The queues: what waits and runs, is own, borrowed, lent, left, owed (same unit); replicas."""
     with session.client() as client:
         if delete:
             client.delete_queue(delete)

@@ -11,8 +11,8 @@ INT64 = frozenset(
         "after", "aliases", "borrowed", "by", "correct", "cpu_milli",
         "dead_letters", "duplicates", "duration_s", "errors", "generation", "gpu_milli",
         "gpu_milli_bound", "gpu_milli_fragmented", "labelled", "left", "lent",
-        "memory_mib", "nominal", "number", "parts", "ready_generation", "requests", "revision",
-        "rows", "share", "size_bytes", "used", "versions", "weight", "window_rows",
+        "memory_mib", "nominal", "number", "owes", "parts", "ready_generation", "requests",
+        "revision", "rows", "share", "size_bytes", "used", "versions", "weight", "window_rows",
     }
 )  # fmt: skip
 """Every int64 field of the protos, and the map whose values are; a test compares."""

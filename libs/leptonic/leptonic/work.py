@@ -59,6 +59,7 @@ QUEUES: tuple[Column, ...] = (
     ("borrowed", of("borrowed")),
     ("lent", of("lent")),
     ("left", of("left")),
+    ("owes", of("owes")),
 )
 REPLICAS: tuple[Column, ...] = (
     *((name, of(name)) for name in ("model", "wanted", "running", "waiting")),

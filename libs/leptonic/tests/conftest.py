@@ -111,6 +111,7 @@ class Platform:
 
     async def ListQueues(self, request: Any, _: Any) -> Any:
         gpus = scheduler.QuotaUse(resource="gpu_milli", nominal=4000, used=6000, borrowed=2000)
+        gpus.owes = -1500
         cpus = scheduler.QuotaUse(resource="cpu_milli", nominal=8000, left=5000)
         one = scheduler.Queue(queue="team", cohort="all", weight=1000, share=250_000)
         one.quotas.extend([cpus, gpus])

@@ -38,6 +38,7 @@ def answer(*arguments: str) -> Any:
         (("jobs", "why", "train-b"), ("2 of 3", "needs 1 x 1000", "0.5 placed", "end p/j-1")),
         (("nodes",), ("local", "Healthy", "2 cpu, 4096 MiB", "A100: 1 0.3 free", "1.7 of what")),
         (("queues",), ("default", "queues (3)", "team", "25%", "5000", "2000", "wanted", "digits")),
+        (("queues",), ("owes", "-1500")),
         (("queues", "--delete", "team"), ("default",)),
         (("events", "--dead"), ("label: missing",)),
         (("trace", "r-1"), ("inference", "ModelInfer", "2.0 ms")),
@@ -65,6 +66,7 @@ def test_programs_read_json() -> None:
     assert answer("nodes")[0]["capacity"]["cpu_milli"] == 2000
     assert answer("queues")[0]["waiting"] == 1
     assert answer("queues")[1]["quotas"][1]["borrowed"] == 2000
+    assert answer("queues")[1]["quotas"][1]["owes"] == -1500
     assert answer("queues")[2]["replicas"][0]["wanted"] == 4
     assert answer("jobs", "why", "train-b")["advices"][0]["changes"][0]["kind"] == "end"
     assert answer("events") == []

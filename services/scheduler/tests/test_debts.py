@@ -13,6 +13,7 @@ from services.scheduler.domain import State, restore
 from services.scheduler.stimuli import QueueApplied, QueueSpec
 from services.scheduler.tests.test_queues import Cluster
 from services.scheduler.tests.world import World
+from services.scheduler.views import queue_of
 
 HOUR_S = 3_600
 OWN = {"modest": 4, "greedy": 2, "idle": 2}
@@ -194,6 +195,23 @@ def test_a_debt_halves_in_a_day_and_tends_to_what_it_is_sampled_from() -> None:
     for before, amount, after in [(1000, 0, 500), (0, 1000, 500), (-1000, 0, -500)]:
         found = debts.mean(before * FINE, amount * FINE, HALF_LIFE_SAMPLES)
         assert found / FINE == pytest.approx(after, abs=0.5)
+
+
+def test_queues_tell_what_is_owed_as_of_now() -> None:
+    cluster = cohort(*[1] * 8)
+    borrowed(cluster, "greedy", 6)
+    day_s = HALF_LIFE_SAMPLES * SAMPLE_S
+    told = [queue_of(cluster.scheduler, "greedy", cluster.now + s) for s in (0, day_s)]
+    owed = [one.quotas[0].owes for one in told]
+    assert owed[0] == pytest.approx(6000 * (1 - 0.5**0.25), abs=20)
+    assert owed == pytest.approx([1000 * owes(cluster, "greedy"), owed[0] / 2], abs=1)
+
+
+def test_of_a_cohort_where_the_moment_decides_nothing_is_told() -> None:
+    cluster = cohort(*[1] * 8, order="priority")
+    borrowed(cluster, "greedy", 6)
+    assert owes(cluster, "greedy") > 0
+    assert queue_of(cluster.scheduler, "greedy", cluster.now).quotas[0].owes == 0
 
 
 def test_debts_outlive_a_restart() -> None:
