@@ -1,5 +1,7 @@
 """Quotas in the ledger's own account: counted anew from what is placed, each time it is asked."""
 
+from collections.abc import Mapping
+
 from libs.contracts.events import JobRequested
 from services.scheduler.sheets import Attempt, Key, gpus_of, milli_of
 from services.scheduler.stimuli import QueueSpec
@@ -13,29 +15,34 @@ class Allowances:
         self.live: dict[Key, Attempt] = {}
         self.specs: dict[str, QueueSpec] = {}
 
-    def beyond_quota(self, request: JobRequested, by_model: dict[str, int]) -> list[str]:
+    def beyond_quota(self, request: JobRequested, by_model: Mapping[str, int]) -> list[str]:
         """The resources of which its queue would have too much with it."""
+        adds = self.adds(request, by_model)
+        return [name for name, more in adds.items() if self.excess(request.queue, name, more) > 0]
+
+    def adds(self, request: JobRequested, by_model: Mapping[str, int]) -> dict[str, int]:
+        """What it takes, with so many workers on nodes of each model."""
         workers, each = request.workers, request.resources
         gpu = gpus_of(request) * milli_of(request)
-        adds = {
+        return {
             "cpu_milli": workers * each.cpu_milli,
             "memory_mib": workers * each.memory_mib,
             "gpu_milli": workers * gpu,
         } | {f"gpu_milli/{model}": count * gpu for model, count in by_model.items()}
-        return [name for name, more in adds.items() if self.excess(request.queue, name, more) > 0]
 
     def used(self, queue: str, resource: str) -> int:
-        total = 0
-        for key, attempt in self.live.items():
-            request = self.requests[key]
-            if request.queue == queue:
-                kind, _, model = resource.partition("/")
-                gpu = gpus_of(request) * milli_of(request)
-                each = gpu if kind == "gpu_milli" else getattr(request.resources, kind)
-                shares = attempt.shares.values()
-                of_model = [s for s in shares if not model or attempt.models[s.node] == model]
-                total += each * sum(share.workers for share in of_model)
-        return total
+        mine = (one for key, one in self.live.items() if self.requests[key].queue == queue)
+        return sum(self.held(attempt, resource) for attempt in mine)
+
+    def held(self, attempt: Attempt, resource: str) -> int:
+        """By one that may have been taken back."""
+        request = self.requests[attempt.key]
+        kind, _, model = resource.partition("/")
+        gpu = gpus_of(request) * milli_of(request)
+        each = gpu if kind == "gpu_milli" else getattr(request.resources, kind)
+        shares = attempt.shares.values()
+        of_model = [s for s in shares if not model or attempt.models[s.node] == model]
+        return int(each * sum(share.workers for share in of_model))
 
     def excess(self, queue: str, resource: str, more: int) -> int:
         """By how much the queue, or the pot of its cohort, would be above its limit."""

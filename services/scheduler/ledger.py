@@ -3,7 +3,8 @@
 It knows none of the scheduler's counters. After every stimulus it asserts: no CPU, memory or GPU is
 given twice; a gang is placed whole and taken back whole; a job is in one state and has one attempt
 at most, under a token that only grows; quotas hold whenever something is placed; victims are the
-fewest, and only for who is placed then. Replicas are of one deployment each, apart, and no more
+fewest, only for who is placed then, and only such as have to go (`rights.py`), also by what queues
+owe, which is counted anew (`owings.py`). Replicas are of one deployment each, apart, and no more
 than were decided; they give their room only while they are not needed, and get back only what they
 lent. In small worlds (`conserving`) also: whatever waits fits nowhere, by trying everything, and
 where replicas lack there is neither room for one nor any lent.
@@ -24,14 +25,15 @@ from libs.contracts.events import (
     JobRequested,
     JobSucceeded,
 )
-from services.scheduler.allowances import Allowances
+from services.scheduler import rights
+from services.scheduler.owings import Owings
+from services.scheduler.rooms import Rooms
 from services.scheduler.sheets import (
     Attempt,
     Key,
+    Service,
     Serving,
     Sheet,
-    gpus_of,
-    milli_of,
     serving_of,
 )
 from services.scheduler.stimuli import (
@@ -51,14 +53,15 @@ FOR, MOVED, GIVES = "preempted for ", "moved for ", "gives its room to "
 ENOUGH = "replicas are enough"
 
 
-class Ledger(Allowances):
+class Ledger(Rooms):
     def __init__(self, *, conserving: bool = False) -> None:
         super().__init__()
         self.conserving = conserving
-        self.sheets: dict[str, Sheet] = {}
         self.states: dict[Key, str] = {}
         self.attempts: dict[Key, int] = {}
         self.preempted: dict[Key, int] = {}
+        self.services: dict[Key, Service] = {}
+        self.owings = Owings(self, self.waiting)
         self.token = 0
         self.owed: set[tuple[Key, int, str]] = set()
         """(job, token, node): whoever may still run a share of what was taken back is told."""
@@ -67,7 +70,6 @@ class Ledger(Allowances):
         """Of whom, for a job that is not placed yet."""
         self.moved: set[Key] = set()
         """By the stimulus that is being handled."""
-        self.touched: set[str] = set()
         self.servings: dict[Key, Serving] = {}
         self.replicas: dict[Key, Key] = {}
         """Job -> deployment. One is known once it is placed; that it waits, nobody says."""
@@ -77,6 +79,7 @@ class Ledger(Allowances):
     def enter(self, stimulus: Stimulus, said: list[Event], now: float) -> None:
         """Asserts that this may be said on that."""
         self.now = now
+        self.owings.pass_to(now)
         self.token_before = self.token
         self.hear(stimulus)
         for event in said:
@@ -91,6 +94,7 @@ class Ledger(Allowances):
                 key = request.project, request.job
                 if key not in self.states:
                     self.requests[key], self.states[key] = request, WAITING
+                    self.services[key] = Service(self.now, self.now)
             case JobCancelled():
                 self.hear_cancelled((stimulus.project, stimulus.job))
             case AttemptStarted() | AttemptSucceeded() | AttemptFailed():
@@ -103,8 +107,10 @@ class Ledger(Allowances):
                         self.lose(name)
             case QueueApplied(spec):
                 self.specs[spec.queue] = spec
+                self.owings.forget()
             case QueueDeleted(queue):
                 self.specs.pop(queue, None)
+                self.owings.forget()
             case Deployed():
                 serving = self.servings.setdefault(
                     (stimulus.project, stimulus.model), serving_of(stimulus)
@@ -129,6 +135,8 @@ class Ledger(Allowances):
         match answer:
             case AttemptStarted():
                 attempt.started.add(answer.node)
+                if attempt.started == set(attempt.shares):
+                    attempt.running_at = attempt.running_at or self.now
             case AttemptSucceeded():
                 attempt.done.add(answer.node)
                 if attempt.done == set(attempt.shares):
@@ -159,9 +167,6 @@ class Ledger(Allowances):
         for attempt in self.on(name):
             self.take_back(attempt)
         self.touched.add(name)
-
-    def on(self, node: str) -> list[Attempt]:
-        return [attempt for attempt in self.live.values() if node in attempt.shares]
 
     # --- what was said
 
@@ -201,12 +206,14 @@ class Ledger(Allowances):
             self.states[key] = WAITING
             replica = self.servings[owner].replica(placed.job)
             self.requests[key] = msgspec.structs.replace(replica, resources=placed.resources)
+            self.services[key] = Service(self.now, self.now)
         elif key not in self.replicas and placed.job != first_replica(owner[1]):
             return
         assert self.replicas.setdefault(key, owner) == owner, (key, owner)
 
     def place(self, key: Key, events: list[AttemptPlaced]) -> None:
         request, first = self.requests[key], events[0]
+        spec = self.specs.get(request.queue)
         assert self.states[key] == WAITING, (key, self.states[key])
         assert first.attempt == self.attempts.get(key, 0) + 1, first
         used = first.attempt - self.preempted.get(key, 0)
@@ -220,7 +227,12 @@ class Ledger(Allowances):
         assert ranks == list(range(request.workers)), (key, ranks)
         assert len(events) == 1 or request.topology == "any", key
         models = {event.node: self.sheets[event.node].last.gpu_model for event in events}
-        attempt = Attempt(key, first.token, {event.node: event for event in events}, models)
+        by_model = {
+            model: sum(event.workers for event in events if models[event.node] == model)
+            for model in models.values()
+        }
+        attempt = Attempt(key, first.token, {e.node: e for e in events}, models, self.now)
+        attempt.ages = bool(spec and spec.order == "priority" and spec.aging_s)
         victims = self.victims.pop(key, [])
         if key in self.replicas:
             self.get_back(key, victims)
@@ -228,12 +240,11 @@ class Ledger(Allowances):
             self.check_fewest(msgspec.structs.replace(request, labels=labels), victims)
         else:
             self.check_fewest(request, victims)
+            went = [one for one in victims if one.key not in self.moved | self.replicas.keys()]
+            if went and spec and rights.is_leveled(self, spec.cohort):
+                rights.Rights(self, request, by_model, went).check()
         for event in events:
             assert self.sheets[event.node].suits(request), (event.node, request)
-        by_model: dict[str, int] = {}
-        for event in events:
-            model = models[event.node]
-            by_model[model] = by_model.get(model, 0) + event.workers
         assert not self.beyond_quota(request, by_model), (key, by_model, self.specs)
         self.token, self.attempts[key] = first.token, first.attempt
         self.live[key], self.states[key] = attempt, LIVE
@@ -261,7 +272,7 @@ class Ledger(Allowances):
             self.moved.add(attempt.key)
         elif word == FOR:
             head = self.requests[project, job]
-            assert self.may_go(head, request), (head, request)
+            assert rights.by_words(self, head, request), (head, request)
         self.preempted[attempt.key] = self.preempted.get(attempt.key, 0) + 1
 
     def lend(self, replica: Key, to: Key) -> None:
@@ -287,25 +298,24 @@ class Ledger(Allowances):
         return [node for attempt in mine for node in attempt.shares]
 
     def take_back(self, attempt: Attempt, teller: str = "") -> None:
-        del self.live[attempt.key]
+        got = self.services[attempt.key]
+        got.gpu_s += self.gpu_s(attempt)
+        got.held_s += self.now - attempt.placed_at
+        got.waits_since = self.now
         self.states[attempt.key] = WAITING
-        self.book(attempt, -1)
+        self.remove(attempt)
         told = attempt.done | {teller}
         self.owed |= {(attempt.key, attempt.token, node) for node in attempt.shares.keys() - told}
 
-    def book(self, attempt: Attempt, sign: int) -> None:
-        request = self.requests[attempt.key]
-        for name, share in attempt.shares.items():
-            sheet = self.sheets[name]
-            sheet.cpu_milli += sign * share.workers * request.resources.cpu_milli
-            sheet.memory_mib += sign * share.workers * request.resources.memory_mib
-            assert len(share.gpus) == (share.workers if gpus_of(request) else 0), share
-            for worker in share.gpus:
-                assert len(set(worker)) == len(worker) == gpus_of(request), share
-                for gpu in worker:
-                    taken = sheet.gpu_milli.get(gpu, 0) + sign * milli_of(request)
-                    sheet.gpu_milli[gpu] = taken
-            self.touched.add(name)
+    def gpu_s(self, attempt: Attempt) -> float:
+        """What it has been served."""
+        gpus = rights.milli(self.requests[attempt.key]) / 1000
+        return gpus * (self.now - attempt.running_at) if attempt.running_at else 0
+
+    def waiting(self) -> list[JobRequested]:
+        """Without replicas: of them nobody says."""
+        known = self.requests.keys() - self.replicas.keys()
+        return [self.requests[key] for key in known if self.states[key] == WAITING]
 
     # --- what must hold
 
@@ -346,55 +356,16 @@ class Ledger(Allowances):
         lent = [self.live[key] for key in serving.lent if self.requests[key].preemptible]
         lent = [attempt for attempt in lent if attempt.token <= self.token_before]
         for attempt in lent:
-            del self.live[attempt.key]
-            self.book(attempt, -1)
+            self.remove(attempt)
         fits = self.fits(replica)
         for attempt in lent:
-            self.live[attempt.key] = attempt
-            self.book(attempt, 1)
+            self.restore(attempt)
         assert not fits, f"a replica lacks room that was lent: {replica}"
 
     def check_fewest(self, request: JobRequested, victims: list[Attempt]) -> None:
         """With any one of them back the job would not fit; so it would not with more of them."""
         assert not victims or self.fits(request), request
         for victim in victims:
-            self.live[victim.key] = victim
-            self.book(victim, 1)
+            self.restore(victim)
             assert not self.fits(request), f"{victim.key} could have stayed for {request.job}"
-            self.book(victim, -1)
-            del self.live[victim.key]
-
-    def fits(self, request: JobRequested) -> bool:
-        """Whether quota and nodes have room, by looking at all of them."""
-        models: list[str | None] = [None]
-        spec = self.specs.get(request.queue)
-        if spec and gpus_of(request) and any("/" in name for name in spec.nominal):
-            present = {sheet.last.gpu_model for sheet in self.sheets.values()}
-            models = [*(set(request.gpu_models) or present - {""})]
-        return any(self.fits_on(request, model) for model in models)
-
-    def fits_on(self, request: JobRequested, model: str | None) -> bool:
-        by_model = {} if model is None else {model: request.workers}
-        if self.beyond_quota(request, by_model):
-            return False
-        sheets = [sheet for sheet in self.sheets.values() if sheet.suits(request)]
-        if model is not None:
-            sheets = [sheet for sheet in sheets if sheet.last.gpu_model == model]
-        rooms = [sheet.room(request) for sheet in sheets]
-        whole = max((sheet.room(request, empty=True) for sheet in sheets), default=0)
-        together = gpus_of(request) and whole >= request.workers
-        if request.topology == "node" or together:
-            return max(rooms, default=0) >= request.workers
-        return sum(rooms) >= request.workers
-
-    def may_go(self, head: JobRequested, victim: JobRequested) -> bool:
-        """What the queues' words allow, apart from ages and times."""
-        mine, other = self.specs.get(head.queue), self.specs.get(victim.queue)
-        if mine is None:
-            return False
-        if head.queue == victim.queue:
-            lower = mine.aging_s > 0 or victim.priority < head.priority
-            return mine.order == "attained" or (mine.within_queue == "lower" and lower)
-        if other is None or not mine.cohort or mine.cohort != other.cohort:
-            return False
-        return mine.reclaim != "never"
+            self.remove(victim)

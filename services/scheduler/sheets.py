@@ -86,8 +86,24 @@ class Attempt:
     shares: dict[str, AttemptPlaced]
     models: dict[str, str]
     """GPU model of each node when it was placed."""
+    placed_at: float = 0.0
+    running_at: float = 0.0
+    """0 until all its nodes have started it."""
+    ages: bool = False
+    """Its queue raised priorities by waiting when it was placed."""
     done: set[str] = field(default_factory=set)
     started: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Service:
+    """What a job got of earlier attempts."""
+
+    asked_at: float
+    waits_since: float
+    gpu_s: float = 0.0
+    held_s: float = 0.0
+    """In placements, whether it ran or not."""
 
 
 @dataclass

@@ -32,6 +32,7 @@ from services.scheduler.stimuli import (
     Stimulus,
     Tick,
 )
+from services.scheduler.tests.world import check_debts
 
 DAY_S = 86_400
 
@@ -50,6 +51,7 @@ class Cluster:
     def tell(self, stimulus: Stimulus) -> list[Event]:
         said = self.scheduler.handle(stimulus, self.now)
         self.ledger.enter(stimulus, said, self.now)
+        check_debts(self.scheduler, self.ledger)
         self.scheduler.validate()
         return said
 

@@ -11,8 +11,10 @@ from libs.contracts.events import (
     Event,
     Resources,
 )
+from services.scheduler.debts import FINE
 from services.scheduler.domain import Scheduler, State, restore
 from services.scheduler.ledger import CANCELLED, WAITING, Ledger
+from services.scheduler.owings import ROUNDED
 from services.scheduler.stimuli import Heartbeat, Running, Stimulus, decode
 
 
@@ -39,6 +41,7 @@ class World:
         said = self.scheduler.handle(stimulus, self.now)
         self.log.append((type(stimulus).__name__, msgspec.json.encode(stimulus), self.now, said))
         self.ledger.enter(stimulus, said, self.now)
+        check_debts(self.scheduler, self.ledger)
         for event in said:
             if isinstance(event, AttemptPlaced):
                 self.placed.append(event)
@@ -118,6 +121,18 @@ class World:
             job = self.scheduler.jobs[key]
             assert job.live.token == attempt.token
             assert (job.state == "running") == (attempt.started >= set(attempt.shares)), key
+
+
+def check_debts(scheduler: Scheduler, ledger: Ledger) -> None:
+    """What queues owe is what the ledger counts, as of its last entry."""
+    debts, owings = scheduler.debts, ledger.owings
+    lend = {queue for queue, spec in ledger.specs.items() if spec.cohort and spec.nominal}
+    assert debts.accounts.keys() == lend
+    for queue in lend:
+        owed = debts.owed_by(queue, ledger.now, scheduler.lines)
+        for name in ledger.specs[queue].nominal:
+            counted = owings.owes.get((queue, name), 0)
+            assert abs(owed.get(name, 0) / FINE - counted) <= ROUNDED, (queue, name, counted, owed)
 
 
 def running_of(placed: AttemptPlaced) -> Running:
