@@ -1,12 +1,14 @@
 """Jobs in Philly's columns on a cluster: what the scheduler is asked, and how long they waited.
 
-A gang of up to 8 GPUs is one worker, so it stays on one node; a larger one is split into workers as
-large as a node allows and goes over as few nodes as there is room on. An attempt after a
-preemption first spends 7, 30 or 60 s for 1, up to 8, or more GPUs (Lucid's artifact, ASPLOS'23).
+A gang that a node could hold is one worker, so it stays on one node; a larger one is split into
+workers as large as the cluster has room for and goes over as few nodes as there is room on. An
+attempt after a preemption first spends 7, 30 or 60 s for 1, up to 8, or more GPUs (Lucid's
+artifact, ASPLOS'23).
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 import msgspec
@@ -24,6 +26,9 @@ QUEUE = "shared"
 CPU_MILLI_A_GPU = 1_000
 MEMORY_MIB_A_GPU = 1_024
 LONG_WAIT_S = 36 * 3_600
+Sizes = Mapping[int, int]
+"""How many nodes have so many GPUs."""
+SIZES: Sizes = {GPUS_A_NODE: NODES}
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -57,13 +62,12 @@ def works_of(
     *,
     durations_known: bool = False,
     by_vc: bool = False,
-    largest: int = 8,
+    sizes: Sizes = SIZES,
 ) -> list[Work]:
-    """`largest`: GPUs of the largest node."""
     return [
         Work(
             at_s=job.at_s,
-            request=request_of(job, durations_known, job.vc if by_vc else QUEUE, largest),
+            request=request_of(job, durations_known, job.vc if by_vc else QUEUE, sizes),
             duration_s=job.duration_s,
             resume_s=resume_s(job.gpus),
         )
@@ -71,8 +75,9 @@ def works_of(
     ]
 
 
-def request_of(job: TraceJob, durations_known: bool, queue: str, largest: int) -> JobRequested:
-    each = max(size for size in range(1, largest + 1) if job.gpus % size == 0)
+def request_of(job: TraceJob, durations_known: bool, queue: str, sizes: Sizes) -> JobRequested:
+    largest = max(sizes)
+    each = worker_gpus(job.gpus, sizes)
     return JobRequested(
         project=PROJECT,
         job=job.name,
@@ -90,24 +95,37 @@ def request_of(job: TraceJob, durations_known: bool, queue: str, largest: int) -
     )
 
 
+def worker_gpus(gpus: int, sizes: Sizes) -> int:
+    """The most a worker that divides the gang so that the idle cluster holds all of it."""
+    for each in range(min(gpus, max(sizes)), 1, -1):
+        held = sum(nodes * (size // each) for size, nodes in sizes.items())
+        if gpus % each == 0 and held * each >= gpus:
+            return each
+    return 1
+
+
 def shared_queue() -> list[QueueApplied]:
     """One line for all, by attained service."""
     return [QueueApplied(QueueSpec(queue=QUEUE, order="attained"))]
 
 
 def vc_queues(shares: dict[str, int], gpus: int = NODES * GPUS_A_NODE) -> list[QueueApplied]:
-    """A queue for each virtual cluster with its part of the GPUs; they lend each other."""
+    """A queue for each virtual cluster with its part of the GPUs; they lend each other.
+
+    Parts are nodes of 8, or smaller ones where the cluster's GPUs are no multiple of 8.
+    """
+    unit = math.gcd(gpus, GPUS_A_NODE)
     return [
         QueueApplied(
             QueueSpec(
                 queue=vc,
                 cohort="philly",
-                nominal={"gpu_milli": nodes * GPUS_A_NODE * GPU_MILLI},
+                nominal={"gpu_milli": units * unit * GPU_MILLI},
                 order="attained",
                 reclaim="any",
             )
         )
-        for vc, nodes in apportioned(shares, gpus // GPUS_A_NODE).items()
+        for vc, units in apportioned(shares, gpus // unit).items()
     ]
 
 

@@ -8,6 +8,7 @@ are. Whatever is wrong with a file ends it with the file, the line and the colum
 import argparse
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def parser_of() -> argparse.ArgumentParser:
 
 
 def replay_pods(nodes: Path, pods: Path, out: Path) -> None:
-    decisions = openb.replay(traces.machines_of(nodes), openb.pods_of(pods))
+    machines, asked = traces.machines_of(nodes), openb.pods_of(pods)
+    check_writable(out)
+    decisions = openb.replay(machines, asked)
     openb.write(out, decisions)
     placed = sum(spot is not None for _, spot in decisions)
     print(f"{placed} of {len(decisions)} pods placed")
@@ -70,6 +73,7 @@ def replay_jobs(
     machines = philly.cluster() if nodes is None else traces.machines_of(nodes)
     shares = None if vcs is None else traces.vc_nodes_of(vcs)
     read = traces.jobs_of(jobs)
+    check_writable(out)
     courses = run(machines, read, shares, durations_known)
     write(out, courses)
     summary = philly.summary_of(courses, read)
@@ -84,17 +88,25 @@ def run(
 ) -> list[Course]:
     """Every job to its end; with `shares` by virtual cluster. Raises `BadTrace`."""
     gpus = sum(machine.gpus for machine in machines)
-    largest = max(machine.gpus for machine in machines)
+    sizes = Counter(machine.gpus for machine in machines)
     check(jobs, gpus, shares)
     queues = philly.shared_queue() if shares is None else philly.vc_queues(shares, gpus)
     world = simulator.Simulator(machines, queues)
     works = philly.works_of(
-        jobs, durations_known=durations_known, by_vc=shares is not None, largest=largest
+        jobs, durations_known=durations_known, by_vc=shares is not None, sizes=sizes
     )
     courses = world.run(works)
     if never := list(simulator.unfinished(courses)):
         raise BadTrace(f"{len(never)} jobs fit nowhere, such as {never[0]}")
     return courses
+
+
+def check_writable(path: Path) -> None:
+    """Before minutes of replay, not after them."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise BadTrace(f"{path}: {error.strerror}") from error
 
 
 def check(jobs: Iterable[TraceJob], gpus: int, shares: dict[str, int] | None) -> None:

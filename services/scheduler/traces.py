@@ -5,7 +5,8 @@ What a file has that it should not, or lacks, is a `BadTrace` that names file, l
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,10 +64,10 @@ class Row:
 
     def integer(self, column: str, low: int, high: int) -> int:
         def parse(cell: str) -> int:
-            number = int(cell)
-            if not low <= number <= high:
+            number = float(cell)  # 8.0, too: what was computed is often written so
+            if not (number.is_integer() and low <= number <= high):
                 raise ValueError
-            return number
+            return int(number)
 
         return self.read(column, parse, f"an integer from {low} to {high}")
 
@@ -82,7 +83,7 @@ class Row:
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The lines of a CSV file that has these columns, whatever else it has."""
     try:
-        file = path.open(newline="", encoding="utf-8")
+        file = path.open(newline="", encoding="utf-8-sig")
     except OSError as error:
         raise BadTrace(f"{path}: {error.strerror}") from error
     with file:
@@ -98,7 +99,7 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             for cells in reader:
                 yield Row(path, reader.line_num, cells)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise BadTrace(f"{path}, line {reader.line_num}: {error}") from error
+            raise BadTrace(f"{path}, line {reader.reader.line_num}: {error}") from error
 
 
 def instant(cell: str) -> datetime:
@@ -138,19 +139,21 @@ def machines_of(path: Path) -> list[Machine]:
         )
         for row in rows_of(path, NODE_COLUMNS)
     ]
-    names = [machine.node for machine in machines]
-    twice = (
-        sorted({name for name in names if names.count(name) > 1})
-        if len(set(names)) < len(names)
-        else []
-    )
-    if twice or not machines:
-        raise BadTrace(f"{path}: node {twice[0]!r} twice" if twice else f"{path}: no nodes")
+    if not machines:
+        raise BadTrace(f"{path}: no nodes")
+    check_once(path, "node", (machine.node for machine in machines))
     return machines
 
 
 def vc_nodes_of(path: Path) -> dict[str, int]:
     """How many nodes of 8 GPUs each virtual cluster had."""
-    return {
-        row.text("vc"): row.integer("node num", 1, 1 << 20) for row in rows_of(path, VC_COLUMNS)
-    }
+    rows = rows_of(path, VC_COLUMNS)
+    found = [(row.text("vc"), row.integer("node num", 1, 1 << 20)) for row in rows]
+    check_once(path, "virtual cluster", (vc for vc, _ in found))
+    return dict(found)
+
+
+def check_once(path: Path, what: str, names: Iterable[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise BadTrace(f"{path}: {what} {twice[0]!r} twice")

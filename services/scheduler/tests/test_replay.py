@@ -108,12 +108,21 @@ def test_quotas_are_whole_nodes_in_proportion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "workers", "each"), [(1, 1, 1), (8, 1, 8), (16, 2, 8), (12, 2, 6), (13, 13, 1)]
+    ("gpus", "workers", "each", "sizes"),
+    [
+        (1, 1, 1, philly.SIZES),
+        (8, 1, 8, philly.SIZES),
+        (16, 2, 8, philly.SIZES),
+        (12, 2, 6, philly.SIZES),
+        (13, 13, 1, philly.SIZES),
+        (12, 3, 4, {8: 1, 4: 1}),
+        (16, 4, 4, {8: 1, 4: 9}),
+    ],
 )
-def test_a_gang_is_split_into_workers_as_large_as_a_node_allows(
-    gpus: int, workers: int, each: int
+def test_a_gang_is_split_into_workers_as_large_as_the_cluster_has_room_for(
+    gpus: int, workers: int, each: int, sizes: philly.Sizes
 ) -> None:
-    request = philly.request_of(TraceJob("j", 0, 1, gpus, "a"), False, "q", 8)
+    request = philly.request_of(TraceJob("j", 0, 1, gpus, "a"), False, "q", sizes)
     assert (request.workers, request.resources.gpus) == (workers, each)
     assert request.topology == ("node" if gpus <= 8 else "any")
 
