@@ -45,11 +45,6 @@ def rank(job: Standing) -> int:
     return OVERDUE if job.waited_s >= WAIT_MAX_S else level(job.attained_gpu_s)
 
 
-def turn(job: Standing) -> tuple[int, int]:
-    """The order of those who wait: by rank, then by submission."""
-    return rank(job), job.number
-
-
 def may_rotate(head: Standing, victim: Standing) -> bool:
     """Whether one that waits may take the place of one that runs."""
     return rank(head) < rank(victim)

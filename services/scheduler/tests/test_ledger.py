@@ -227,8 +227,10 @@ def test_a_busy_cluster_keeps_its_books(seed: int) -> None:
         world.tell(QueueApplied(queue_of(chance, queue)))
     for number in range(300):
         step(world, chance, number)
+        world.check_promise()
         if number % 10 == 0:
             world.check()
+    assert world.promises > 10
     world.crash(keeps=True)
     world.check()
 

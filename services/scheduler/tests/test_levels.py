@@ -12,7 +12,6 @@ from services.scheduler.levels import (
     loss,
     may_rotate,
     rank,
-    turn,
 )
 
 STANDINGS = st.builds(
@@ -40,17 +39,10 @@ def test_nobody_takes_a_place_back_from_who_took_it(a: Standing, b: Standing, c:
         assert may_rotate(a, c)
 
 
-@given(STANDINGS, STANDINGS)
-def test_who_may_take_a_place_also_waits_further_ahead(head: Standing, victim: Standing) -> None:
-    if may_rotate(head, victim):
-        assert turn(head) < turn(victim)
-
-
 def test_who_waited_too_long_goes_first_and_stays() -> None:
     late = standing(number=9, attained=1e9, waited=WAIT_MAX_S)
     fresh = standing(number=1)
-    assert rank(late) == OVERDUE
-    assert turn(late) < turn(fresh)
+    assert rank(late) == OVERDUE < rank(fresh)
     assert may_rotate(late, fresh)
     assert not may_rotate(fresh, late)
 

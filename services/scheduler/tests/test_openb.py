@@ -1,19 +1,24 @@
 """Proves that openb's files are read strictly, that pods are placed in the order of the file, only
 where they fit and whenever they fit anywhere, that it is the service's state machine that places
-them, and that learned prices pack more than best fit."""
+them, that learned prices pack more than best fit, and that names, units and the order in which
+nodes come decide nothing."""
 
 import csv
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from services.scheduler.openb import Pod, Replay, pods_of, replay, write
 from services.scheduler.scores import Prices
 from services.scheduler.shapes import Free, Machine, Shape, Spot, admits, capacity, room
-from services.scheduler.simulator import PROJECT
+from services.scheduler.simulator import PROJECT, heartbeat_of
 from services.scheduler.traces import BadTrace, machines_of
 
+Sized = TypeVar("Sized", Machine, Shape)
 HEAD = "name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec,qos"
 MACHINES = [
     *(Machine(f"g{i}", 96_000, 393_216, 8, "G2") for i in range(4)),
@@ -115,6 +120,42 @@ def test_learning_from_arrivals_packs_more_than_knowing_nothing_and_than_best_fi
     learned = sum(allocated("priced", seed, plans=True) for seed in range(40))
     assert learned > sum(allocated("priced", seed) for seed in range(40))
     assert learned > sum(allocated("best_fit", seed) for seed in range(40))
+
+
+def renamed(machine: Machine) -> Machine:
+    return replace(machine, node=f"a-{machine.node}")
+
+
+def in_other_units(one: Sized) -> Sized:
+    return replace(one, cpu_milli=4 * one.cpu_milli, memory_mib=8 * one.memory_mib)
+
+
+def places(
+    seed: int,
+    machine: Callable[[Machine], Machine] = lambda one: one,
+    shape: Callable[[Shape], Shape] = lambda one: one,
+) -> list[tuple[int, tuple[int, ...]] | None]:
+    """Nodes by their place in the order of names; they join in any order."""
+    machines = [machine(one) for one in MACHINES]
+    order = sorted(one.node for one in machines)
+    run = Replay(())
+    for one in random.Random(seed).sample(machines, len(machines)):
+        run.tell(heartbeat_of(one))
+    spots = [run.place(shape(pod.shape)) for pod in stream(seed, 120)]
+    assert run.scheduler.prices != Prices()
+    return [(order.index(spot.node), spot.gpus) if spot else None for spot in spots]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_names_and_units_and_who_joins_first_decide_nothing(seed: int) -> None:
+    """Through the scheduler, which learns its plans meanwhile."""
+    as_they_are = places(seed)
+    run = Replay(MACHINES)
+    order = sorted(one.node for one in MACHINES)
+    spots = [run.place(pod.shape) for pod in stream(seed, 120)]
+    assert as_they_are == [(order.index(spot.node), spot.gpus) if spot else None for spot in spots]
+    assert places(seed, renamed) == as_they_are
+    assert places(seed, in_other_units, in_other_units) == as_they_are
 
 
 def test_what_places_them_is_the_scheduler_and_its_log() -> None:

@@ -17,6 +17,8 @@ from services.scheduler.ledger import CANCELLED, WAITING, Ledger
 from services.scheduler.owings import ROUNDED
 from services.scheduler.stimuli import Heartbeat, Running, Stimulus, decode
 
+NEVER = float("inf")
+
 
 class World:
     def __init__(self, *, conserving: bool = True) -> None:
@@ -29,6 +31,10 @@ class World:
         self.agents: dict[str, set[Running]] = {}
         """What each runs; it may be slow to obey."""
         self.placed: list[AttemptPlaced] = []
+        self.ends: dict[int, float] = {}
+        """Of each placement, by its token: its bound, where its job told one."""
+        self.promises = 0
+        """That were looked at."""
 
     def tell(self, stimulus: Stimulus, after_s: float = 1.0) -> list[Event]:
         self.now += after_s
@@ -46,6 +52,9 @@ class World:
             if isinstance(event, AttemptPlaced):
                 self.placed.append(event)
                 self.agents[event.node].add(running_of(event))
+                request = self.ledger.requests[event.project, event.job]
+                if request.duration_s:
+                    self.ends[event.token] = self.now + request.duration_s
         return said
 
     def state(self) -> bytes:
@@ -106,6 +115,30 @@ class World:
         assert self.state() == before
         if keeps:
             self.snapshot, self.log = before, []
+
+    def check_promise(self) -> None:
+        """Who has a reservation has room by then if what runs ends at its bound, by the ledger's
+        account; quotas aside. So nothing that passed makes it later. Of nodes that stay as they
+        are."""
+        reservation, ledger = self.scheduler.reservation, self.ledger
+        if reservation is None:
+            return
+        self.promises += 1
+        ended = [
+            attempt
+            for attempt in ledger.live.values()
+            if self.ends.get(attempt.token, NEVER) <= reservation.at
+        ]
+        specs, ledger.specs = ledger.specs, {}
+        for attempt in ended:
+            del ledger.live[attempt.key]
+            ledger.book(attempt, -1)
+        fits = ledger.fits(ledger.requests[reservation.job])
+        for attempt in ended:
+            ledger.live[attempt.key] = attempt
+            ledger.book(attempt, 1)
+        ledger.specs = specs
+        assert fits, f"{reservation.job} cannot start at {reservation.at}"
 
     def check(self) -> None:
         self.scheduler.validate()
