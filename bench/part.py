@@ -37,6 +37,7 @@ DECIDES = (
 RUNS = (*DECIDES, ":(glob)libs/*/*.py", ":(glob)stack/*.py")
 KILLS = (
     "conftest.py",
+    "services/scheduler/tests/conftest.py",
     "services/scheduler/tests/crash.py",
     "services/scheduler/tests/test_crash.py",
     "services/scheduler/tests/test_service.py",

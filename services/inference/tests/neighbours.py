@@ -5,7 +5,10 @@ from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
 
+import pytest
+
 from libs.contracts.events import DeploymentUpdated
+from services.inference import peers
 from services.inference.endpoints import Key
 from services.inference.forward import Forwarder
 from services.inference.front import Front
@@ -70,3 +73,21 @@ async def replica(name: str) -> AsyncIterator[Replica]:
 
 def answered(where: Replica) -> int:
     return where.desk.endpoints.served("double", "").counts().success_count
+
+
+@pytest.fixture(autouse=True)
+def never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody beats here, however slow the machine is."""
+    monkeypatch.setattr(peers, "FRESH_S", 600.0)
+
+
+@pytest.fixture
+async def one() -> AsyncIterator[Replica]:
+    async with replica("one") as made:
+        yield made
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[Replica]:
+    async with replica("two") as made:
+        yield made

@@ -3,43 +3,35 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
 
 from libs.contracts.pipeline import Batching
 from libs.doors import Exhausted, Internal, NotFound, Unavailable
-from services.inference import forward, peers
+from services.inference import forward
 from services.inference.bodies import Exchange
 from services.inference.forward import Unreached, Untaken
 from services.inference.loads import Load
 from services.inference.models import Crashed
 from services.inference.tensors import Arrays
 from services.inference.tests.desk import double, numbers, refused, request, row
-from services.inference.tests.neighbours import ASKED, KEY, Replica, answered, replica
+from services.inference.tests.neighbours import (
+    ASKED,
+    KEY,
+    Replica,
+    answered,
+    never_stale,
+    one,
+    replica,
+    two,
+)
 from services.inference.tests.test_busdoor import gated
 from stack.testing import eventually
 
+__all__ = ["never_stale", "one", "two"]
+
 MANY = 60
-
-
-@pytest.fixture(autouse=True)
-def never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody beats here, however slow the machine is."""
-    monkeypatch.setattr(peers, "FRESH_S", 600.0)
-
-
-@pytest.fixture
-async def one() -> AsyncIterator[Replica]:
-    async with replica("one") as made:
-        yield made
-
-
-@pytest.fixture
-async def two() -> AsyncIterator[Replica]:
-    async with replica("two") as made:
-        yield made
 
 
 def body(**output: int) -> bytes:

@@ -3,14 +3,13 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
-from services.inference import native, peers, presence
+from services.inference import native, presence
 from services.inference.bodies import Exchange
 from services.inference.loads import Load
 from services.inference.peers import Told
@@ -27,28 +26,21 @@ from services.inference.tests.desk import (
     row,
     running_sum,
 )
-from services.inference.tests.neighbours import ASKED, KEY, Replica, answered, replica
+from services.inference.tests.neighbours import (
+    ASKED,
+    KEY,
+    Replica,
+    answered,
+    never_stale,
+    one,
+    replica,
+    two,
+)
 from services.inference.tests.test_busdoor import gated
 from services.inference.tests.web import listening
 from stack.testing import eventually
 
-
-@pytest.fixture(autouse=True)
-def never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody beats here, however slow the machine is."""
-    monkeypatch.setattr(peers, "FRESH_S", 600.0)
-
-
-@pytest.fixture
-async def one() -> AsyncIterator[Replica]:
-    async with replica("one") as made:
-        yield made
-
-
-@pytest.fixture
-async def two() -> AsyncIterator[Replica]:
-    async with replica("two") as made:
-        yield made
+__all__ = ["never_stale", "one", "two"]
 
 
 async def test_a_request_waits_for_a_model_that_sleeps_and_is_answered(one: Replica) -> None:

@@ -10,20 +10,13 @@ import pytest
 from msgspec.structs import replace
 
 from libs.contracts.events import AttemptPlaced, Resources
-from libs.database import Database, connect
-from services.scheduler import store
+from libs.database import Database
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor
 from services.scheduler.stimuli import Heartbeat
 from services.scheduler.store import Cut, Overtaken, Store, digest, whole_digest
 from services.scheduler.tests.writing import job, led, scheduled
 from services.scheduler.writer import Writer
-
-
-@pytest.fixture
-async def db(postgres_dsn: str) -> AsyncIterator[Database]:
-    async with connect(postgres_dsn, "scheduler", store.MIGRATIONS) as connected:
-        yield connected
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 
 import httpx
@@ -37,12 +37,6 @@ __all__ = ["service"]
 
 POINTS = 40
 LONG_POINTS = 1_000
-
-
-@pytest.fixture
-async def db(postgres_dsn: str) -> AsyncIterator[Database]:
-    async with connect(postgres_dsn, "scheduler", store.MIGRATIONS) as connected:
-        yield connected
 
 
 async def crash(db: Database, dsn: str, points: int, seed: int) -> int:

@@ -89,6 +89,12 @@ def held(folder: Path) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", code.format(folder)]
 
 
+async def runs(agent: AgentProcess, folder: Path) -> None:
+    """A job that is held."""
+    await agent.service.submit("one", kind="command", spec={"argv": held(folder)})
+    await eventually(lambda: is_state(agent.service, "one", "running"), PATIENCE_S)
+
+
 async def test_a_job_runs_and_its_end_is_told(agent: AgentProcess) -> None:
     service = agent.service
     say = [sys.executable, "-c", "import os; print(os.environ['JOB'], 'says', os.environ['X'])"]
@@ -105,8 +111,7 @@ async def test_what_runs_is_adopted_when_its_agent_is_killed(
     agent: AgentProcess, tmp_path: Path
 ) -> None:
     service = agent.service
-    await service.submit("one", kind="command", spec={"argv": held(tmp_path)})
-    await eventually(lambda: is_state(service, "one", "running"), PATIENCE_S)
+    await runs(agent, tmp_path)
     next_one = await agent.standby()
     try:
         await agent.server.kill()
@@ -124,8 +129,7 @@ async def test_what_runs_goes_on_when_the_scheduler_is_killed(
     agent: AgentProcess, tmp_path: Path
 ) -> None:
     service = agent.service
-    await service.submit("one", kind="command", spec={"argv": held(tmp_path)})
-    await eventually(lambda: is_state(service, "one", "running"), PATIENCE_S)
+    await runs(agent, tmp_path)
     await service.server.kill()
     (tmp_path / "go").write_text("")
     await service.server.start()

@@ -2,33 +2,25 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 
-import msgspec
 import pytest
 
-from libs.database import Database, connect
-from services.scheduler import domain, follower, lease, store
+from libs.database import Database
+from services.scheduler import domain, follower, lease
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor
 from services.scheduler.follower import Follower, following
 from services.scheduler.leader import go_on
 from services.scheduler.store import Store
-from services.scheduler.tests.test_writer import happening
+from services.scheduler.tests.test_writer import happening, state_of
 from services.scheduler.tests.writing import job, led
 from services.scheduler.writer import Writer
 from stack.testing import eventually
 
 
-@pytest.fixture
-async def db(postgres_dsn: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Database]:
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "FOLLOW_S", 0.001)
-    async with connect(postgres_dsn, "scheduler", store.MIGRATIONS) as connected:
-        yield connected
-
-
-def state_of(scheduler: Scheduler) -> bytes:
-    return msgspec.json.encode(scheduler.snapshot())
 
 
 async def walk(writer: Writer, chance: random.Random, steps: int) -> int:

@@ -6,8 +6,8 @@ import pytest
 
 from libs.bus.memory import MemoryBus
 from libs.contracts.events import Resources
-from libs.database import Database, connect
-from services.scheduler import lease, store
+from libs.database import Database
+from services.scheduler import lease
 from services.scheduler.executor import BusExecutor
 from services.scheduler.handlers import Context
 from services.scheduler.leader import Pulse
@@ -16,12 +16,6 @@ from services.scheduler.stimuli import Heartbeat, Tick
 from services.scheduler.store import Store
 from services.scheduler.tests.writing import led
 from services.scheduler.writer import Writer
-
-
-@pytest.fixture
-async def db(postgres_dsn: str) -> AsyncIterator[Database]:
-    async with connect(postgres_dsn, "scheduler", store.MIGRATIONS) as connected:
-        yield connected
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from libs.contracts.events import (
     JobRequested,
     Resources,
 )
-from libs.database import TRANSIENT, Database, Transaction, connect
+from libs.database import TRANSIENT, Database, Transaction
 from libs.doors import NotFound
 from services.scheduler import domain, lease, store
 from services.scheduler.domain import Scheduler
@@ -44,12 +44,6 @@ class Broken(BusExecutor):
         if self.times:
             self.times -= 1
             raise ConnectionError("the server went away")
-
-
-@pytest.fixture
-async def db(postgres_dsn: str) -> AsyncIterator[Database]:
-    async with connect(postgres_dsn, "scheduler", store.MIGRATIONS) as connected:
-        yield connected
 
 
 @contextlib.asynccontextmanager
