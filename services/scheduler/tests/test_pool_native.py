@@ -254,6 +254,17 @@ def test_a_score_below_zero_is_rounded_down() -> None:
     assert twins.spots() == [Spot("b")]
 
 
+def test_what_nodes_hold_tells_them_apart_where_as_much_is_free() -> None:
+    twins = Twins("clustering")
+    for name in "ab":
+        twins.join(Machine(name, 8000, 800, 4))
+    twins.take(Shape(2000, 0, 2, 1000), Spot("a", (0, 1)))
+    for gpu in (0, 1):
+        twins.take(Shape(1000, 0, 1, 1000), Spot("b", (gpu,)))
+    twins.place(Shape(1000, 0, 1, 1000), 1, False)
+    assert twins.spots() == [Spot("b", (2,))]
+
+
 def test_forgetting_shapes_and_states_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_pool, "SHAPES_MAX", 3)
     twins = Twins("fgd")
