@@ -154,3 +154,18 @@ async def objects(s3_server: str) -> AsyncIterator[ObjectStore]:
     for key in await store.list(""):
         await store.delete(key)
     await store.call(store.client.remove_bucket, store.bucket)
+
+
+@pytest.fixture
+def reaching_servers(
+    nats_url: str, postgres_dsn: str, s3_server: str, objects: ObjectStore
+) -> dict[str, str]:
+    """What a service's process is told of them."""
+    return {
+        "LEPTONIC_NATS_URL": nats_url,
+        "LEPTONIC_POSTGRES_DSN": postgres_dsn,
+        "LEPTONIC_S3_ENDPOINT": s3_server,
+        "LEPTONIC_S3_ACCESS_KEY": ACCESS_KEY,
+        "LEPTONIC_S3_SECRET_KEY": PASSWORD,
+        "LEPTONIC_S3_BUCKET": objects.bucket,
+    }

@@ -19,7 +19,7 @@ from libs.objectstore import ObjectStore
 from services.ingest.tests.pipelines import applied, digit, message
 from services.ingest.tests.test_landing import landed, rows_of
 from stack import ports
-from stack.testing import ACCESS_KEY, PASSWORD, eventually
+from stack.testing import eventually
 
 MESSAGES = 120
 RECORDS_EACH = 25
@@ -28,17 +28,12 @@ Process = asyncio.subprocess.Process
 
 @pytest.fixture
 def run(
-    nats_url: str, postgres_dsn: str, s3_server: str, objects: ObjectStore, tmp_path: Path
+    reaching_servers: dict[str, str], tmp_path: Path
 ) -> Callable[[], AbstractAsyncContextManager[tuple[Process, str]]]:
     """Starts the service; yields its process, ready, and its HTTP address."""
     http, grpc = ports.free(2)
     environment = {
-        "LEPTONIC_NATS_URL": nats_url,
-        "LEPTONIC_POSTGRES_DSN": postgres_dsn,
-        "LEPTONIC_S3_ENDPOINT": s3_server,
-        "LEPTONIC_S3_ACCESS_KEY": ACCESS_KEY,
-        "LEPTONIC_S3_SECRET_KEY": PASSWORD,
-        "LEPTONIC_S3_BUCKET": objects.bucket,
+        **reaching_servers,
         "LEPTONIC_INGEST_HTTP_PORT": str(http),
         "LEPTONIC_INGEST_GRPC_PORT": str(grpc),
     }

@@ -25,7 +25,7 @@ from services.preprocess.store import MIGRATIONS
 from services.preprocess.tests.desk import applied, landed
 from services.preprocess.tests.digits import part
 from stack import ports
-from stack.testing import ACCESS_KEY, PASSWORD, eventually
+from stack.testing import eventually
 
 DRAIN_S = 10.0
 START_S = 60.0
@@ -34,18 +34,11 @@ DRIFT = "/v1/projects/default/datasets/digits/drift"
 
 
 @pytest.fixture
-def environment(
-    nats_url: str, postgres_dsn: str, s3_server: str, objects: ObjectStore
-) -> dict[str, str]:
+def environment(reaching_servers: dict[str, str]) -> dict[str, str]:
     http_port, grpc_port = ports.free(2)
     return {
         **os.environ,
-        "LEPTONIC_NATS_URL": nats_url,
-        "LEPTONIC_POSTGRES_DSN": postgres_dsn,
-        "LEPTONIC_S3_ENDPOINT": s3_server,
-        "LEPTONIC_S3_ACCESS_KEY": ACCESS_KEY,
-        "LEPTONIC_S3_SECRET_KEY": PASSWORD,
-        "LEPTONIC_S3_BUCKET": objects.bucket,
+        **reaching_servers,
         "LEPTONIC_PREPROCESS_HTTP_PORT": str(http_port),
         "LEPTONIC_PREPROCESS_GRPC_PORT": str(grpc_port),
     }

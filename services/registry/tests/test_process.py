@@ -23,24 +23,17 @@ from services.registry.handlers import Context
 from services.registry.migrations import MIGRATIONS
 from services.registry.tests.conftest import YAML, Desk
 from stack import ports
-from stack.testing import ACCESS_KEY, PASSWORD, eventually
+from stack.testing import eventually
 
 DRAIN_S = 10.0
 
 
 @pytest.fixture
-def environment(
-    nats_url: str, postgres_dsn: str, s3_server: str, objects: ObjectStore
-) -> dict[str, str]:
+def environment(reaching_servers: dict[str, str]) -> dict[str, str]:
     http_port, grpc_port = ports.free(2)
     return {
         **os.environ,
-        "LEPTONIC_NATS_URL": nats_url,
-        "LEPTONIC_POSTGRES_DSN": postgres_dsn,
-        "LEPTONIC_S3_ENDPOINT": s3_server,
-        "LEPTONIC_S3_ACCESS_KEY": ACCESS_KEY,
-        "LEPTONIC_S3_SECRET_KEY": PASSWORD,
-        "LEPTONIC_S3_BUCKET": objects.bucket,
+        **reaching_servers,
         "LEPTONIC_REGISTRY_HTTP_PORT": str(http_port),
         "LEPTONIC_REGISTRY_GRPC_PORT": str(grpc_port),
     }
