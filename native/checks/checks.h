@@ -30,6 +30,7 @@ std::string some_request(Random& random);
 
 void check_messages(uint64_t seed, int rounds);
 void check_connections(uint64_t seed, int rounds);
+void check_memory(uint64_t seed, int rounds);
 void check_threads(uint64_t seed, int rounds);
 void check_placement(uint64_t seed, int rounds);
 

@@ -7,6 +7,7 @@ int main(int count, char** words) {
   int rounds = std::atoi(words[2]);
   leptonic::check_messages(seed, rounds);
   leptonic::check_connections(seed, rounds / 10);
+  leptonic::check_memory(seed, rounds / 10);
   leptonic::check_threads(seed, rounds / 10);
   leptonic::check_placement(seed, rounds / 20);
 }
