@@ -76,11 +76,11 @@ def test_values_come_back_the_same_flat_and_nested(one: tuple[str, Array]) -> No
 
 
 def test_of_many_values_each_is_checked() -> None:
-    shape = (TOGETHER + 1,)
+    shape = (TOGETHER + 2,)
     with pytest.raises(Unfit, match="holds a float, expected INT32"):
-        taken("INT32", shape, values=[*[1] * TOGETHER, 1.5])
+        taken("INT32", shape, values=[*[1] * TOGETHER, 1, 1.5])
     with pytest.raises(Unfit, match="holds a value out of range for INT8"):
-        taken("INT8", shape, values=[*[1] * TOGETHER, 128])
+        taken("INT8", shape, values=[*[1] * TOGETHER, 1, 128])
 
 
 @pytest.mark.parametrize("datatype", RAW_ONLY)
