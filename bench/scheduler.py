@@ -120,7 +120,7 @@ def head() -> None:
 
 def known_rows() -> list[Row]:
     known: list[Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    return [with_target(row) for row in known if "sources" in row]
+    return [with_target(row) if row["part"] in PARTS else row for row in known if "sources" in row]
 
 
 def stands(rows: Sequence[Row], of: str) -> bool:
@@ -164,9 +164,9 @@ def lacking(found: Sequence[Row]) -> list[str]:
 
 
 def of_file(path: Path) -> None:
-    """Measured each time, for a file may change."""
-    about = {"part": str(path), "sources": ""}
-    found = [{**with_target(row), **about} for row in philly.of_file(path)]
+    """Measured each time, for a file may change; anchors and targets are not of any file."""
+    about = {"part": str(path), "sources": "", "anchor": "", "target": ""}
+    found = [{**row, **about} for row in philly.of_file(path)]
     for row in found:
         show(row)
     others = [row for row in known_rows() if row["part"] != str(path)]
