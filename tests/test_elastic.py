@@ -1,5 +1,6 @@
 """A deployment goes to zero and comes back for the first request, and what is idle is lent: the
 scheduler and replicas in this process, over a real bus, a real Postgres and a real object store.
+The trainer is a process of its own, with its Ray.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from libs.contracts.envelope import decode
 from libs.contracts.events import (
     AttemptPlaced,
     AttemptStopped,
+    JobProgressed,
     JobRequested,
     Resources,
     Target,
@@ -31,6 +33,7 @@ from services.inference.app import Settings
 from services.inference.tests import stage
 from services.inference.tests.conftest import ROW, Replica, labels, request, started
 from services.inference.tests.stage import Platform, register
+from services.scheduler import autoscale
 from services.scheduler.domain import Scheduler
 from services.scheduler.executor import BusExecutor
 from services.scheduler.handlers import Context
@@ -40,12 +43,16 @@ from services.scheduler.nodes import Liveness
 from services.scheduler.stimuli import Heartbeat, Load, Running
 from services.scheduler.store import MIGRATIONS, Store
 from services.scheduler.writer import Writer
+from services.trainer.tests import process
+from services.trainer.tests.conftest import spec_of, store_digits
+from services.trainer.tests.process import WARM_S, Trainer
 from stack import ports
 from stack.testing import ACCESS_KEY, PASSWORD, eventually
 
 KEY = ("default", "digits")
 SLEEPY = Autoscaling(min_replicas=0, max_replicas=2, idle_s=2, up_s=1, down_s=2)
 LINGER_S = 0.5
+SPARE_S = 2.0
 PATIENCE_S = 60.0
 BEAT_S = 0.2
 At = Callable[[str], Settings]
@@ -199,7 +206,9 @@ class Machine:
 
 
 async def seen(bus: JetStreamBus) -> list[AttemptPlaced | AttemptStopped]:
-    events = [decode(one.payload)[1] for one in await bus.read(EVENTS, "events.>", 0, 1000)]
+    events = [
+        decode(one.payload)[1] for one in await bus.read(EVENTS, "events.*.attempt.*", 0, 1000)
+    ]
     return [event for event in events if isinstance(event, AttemptPlaced | AttemptStopped)]
 
 
@@ -222,6 +231,74 @@ async def test_an_idle_replica_s_room_is_lent_to_training_and_given_back(
         machine.concurrency_milli = 1000
         await eventually(lambda: set(machine.running) == {"serve-digits.2"}, PATIENCE_S)
         assert await waits(writer, "training")
+
+
+@pytest_asyncio.fixture
+async def trainer(
+    bus: JetStreamBus, nats_url: str, postgres_dsn: str, s3_server: str, objects: ObjectStore
+) -> AsyncIterator[Trainer]:
+    """A process with its own Ray, on a machine where others are too."""
+    async with process.opened(bus, nats_url, postgres_dsn, s3_server, objects) as one:
+        one.environment |= {
+            "LEPTONIC_MACHINE": "box",
+            "LEPTONIC_TRAINER_CPU_MILLI": "1000",
+            "LEPTONIC_TRAINER_POOL_WORKERS": "1",
+        }
+        await one.start()
+        yield one
+
+
+@pytest.mark.slow
+async def test_a_machine_trains_while_nobody_asks_it_and_answers_who_does(
+    writer: Writer,
+    at: At,
+    bus: JetStreamBus,
+    platform: Platform,
+    objects: ObjectStore,
+    trainer: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trainer, its Ray and the replica are real; both are the node `box`."""
+    monkeypatch.setattr(autoscale, "SPARE_S", SPARE_S)
+    settings = msgspec.structs.replace(at("inference"), machine="box", cpu_milli=1000)
+    async with started(settings, bus) as replica:
+        await eventually(lambda: runs_both(writer), WARM_S)
+        wanted = Autoscaling(min_replicas=0, max_replicas=1, idle_s=3600)
+        await deploy(platform, wanted, await register(objects, 1, 100, stage.digits()))
+        await replica.until_announced(1)
+        assert labels(await replica.infer(ROW)) == [1]
+        await platform.publish(await training(objects))
+        await until_asleep(replica, writer)
+        await eventually(lambda: trained(trainer, 1), WARM_S)
+        assert labels(await replica.oip.ModelInfer(request(ROW), timeout=PATIENCE_S)) == [1]
+        await eventually(lambda: trained(trainer, 2), WARM_S)
+    events = [(one.verb, one.job) for one in await seen(bus)]
+    there, back = "serve-digits", "serve-digits.2"
+    lent = [("placed", there), ("stopped", there), ("placed", "training")]
+    given_back = [("stopped", "training"), ("placed", back), ("stopped", back)]
+    assert events[:7] == [*lent, *given_back, ("placed", "training")]
+
+
+async def runs_both(writer: Writer) -> bool:
+    nodes = await writer.read(lambda one: {node.node: node.kinds for node in one.nodes.values()})
+    return nodes == {"box": ["serve", "train"]}
+
+
+async def training(objects: ObjectStore) -> JobRequested:
+    """More than there is room for beside a replica."""
+    params = {"epochs": 10_000, "batch_size": 16}
+    return JobRequested(
+        project="default",
+        job="training",
+        kind="train",
+        resources=Resources(900, 512),
+        spec=msgspec.to_builtins(spec_of(await store_digits(objects), params=params)),
+    )
+
+
+async def trained(trainer: Trainer, attempt: int) -> bool:
+    """Whether that has come to the end of an epoch."""
+    return any(one.attempt == attempt for one in await trainer.of(JobProgressed))
 
 
 async def waits(writer: Writer, job: str) -> bool:

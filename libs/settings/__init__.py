@@ -38,6 +38,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     otlp_endpoint: Annotated[str, Meta(description="host:port for OTLP/gRPC; empty: none")] = ""
     registry_grpc: Annotated[str, Meta(description="the registry's gRPC door")] = "127.0.0.1:9013"
     ingest_grpc: Annotated[str, Meta(description="ingest's gRPC door")] = "127.0.0.1:9010"
+    machine: Annotated[str, Meta(description="node that the agents here are together")] = ""
     share_ports: Annotated[bool, Meta(description="a newer process may take the doors over")] = (
         False
     )

@@ -105,7 +105,7 @@ class Agent:
         """One process speaks for a node: its successor takes over once it has ended."""
         while True:
             try:
-                async with self.db.exclusively(f"node {self.node.name}"):
+                async with self.db.exclusively(f"node {self.node.speaker}"):
                     await self.refresh()
                     self.speaks = True
                     await self.speak()
@@ -121,7 +121,7 @@ class Agent:
             own = self.look()
             loads = together([own, *self.presence.of_others(monotonic())])
             await self.bus.broadcast(
-                f"heartbeats.{self.node.name}", self.node.heartbeat(self.assignments, loads)
+                f"heartbeats.{self.node.speaker}", self.node.heartbeat(self.assignments, loads)
             )
             await self.bus.broadcast(
                 f"replicas.{self.node.name}", self.node.told(self.endpoints.project, own)

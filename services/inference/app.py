@@ -108,15 +108,17 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
         host = Host([MODEL_INFER, MODEL_STREAM_INFER])
         front = fronts.make(settings.front, host.host, tokens_of(settings))
         rates = Rates(settings.traces_per_s, settings.request_log_per_s)
-        endpoints = Endpoints(front, Notes(journal, settings.node, rates), settings.project)
+        name = settings.machine or settings.node
+        endpoints = Endpoints(front, Notes(journal, name, rates), settings.project)
         stack.push_async_callback(endpoints.close)
         stack.enter_context(registered(Statistics(endpoints)))
         channel = await stack.enter_async_context(channel_to(settings.registry_grpc))
         node = Node(
-            name=settings.node,
+            name=name,
             incarnation=uuid.uuid4().hex,
             capacity=Resources(settings.cpu_milli, settings.memory_mib),
             address=settings.grpc_address or f"{reached_at(settings.host)}:{settings.grpc_port}",
+            agent=settings.node if settings.machine else "",
         )
         forwarder = Forwarder(node.name, tokens_of(settings))
         stack.push_async_callback(forwarder.close)

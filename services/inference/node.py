@@ -20,6 +20,12 @@ class Node(msgspec.Struct, frozen=True):
     capacity: Resources
     address: str
     """Of its gRPC door, for the other replicas."""
+    agent: str = ""
+    """Its own name, where others are the node with it."""
+
+    @property
+    def speaker(self) -> str:
+        return self.agent or self.name
 
     def heartbeat(self, assignments: Sequence[Assignment], loads: list[Load]) -> bytes:
         """For the scheduler."""
@@ -37,6 +43,7 @@ class Node(msgspec.Struct, frozen=True):
                 "running": running,
                 "health": "Healthy",
                 "loads": loads,
+                "agent": self.agent,
             }
         )
 

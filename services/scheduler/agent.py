@@ -107,10 +107,12 @@ class Settled:
 
 
 class Agent:
-    def __init__(self, bus: Bus, engine: Engine, node: str, folder: Path) -> None:
+    def __init__(self, bus: Bus, engine: Engine, node: str, folder: Path, agent: str = "") -> None:
+        """`agent`: its name, where several are the node together."""
         self.bus = bus
         self.engine = engine
         self.node = node
+        self.agent = agent
         self.folder = folder
         self.settled = Settled(folder)
         self.incarnation = uuid.uuid4().hex
@@ -130,7 +132,7 @@ class Agent:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.beat())
                 group.create_task(self.keep_looking())
-                group.create_task(loop.run(self.bus, self.node, HANDLERS, self))
+                group.create_task(loop.run(self.bus, self.agent or self.node, HANDLERS, self))
 
     async def first_look(self) -> None:
         """Before the first heartbeat: what a new incarnation does not list counts as lost."""
@@ -147,7 +149,7 @@ class Agent:
 
     async def beat(self) -> None:
         while True:
-            await self.bus.broadcast(f"heartbeats.{self.node}", self.heartbeat())
+            await self.bus.broadcast(f"heartbeats.{self.agent or self.node}", self.heartbeat())
             await asyncio.sleep(BEAT_S)
 
     def heartbeat(self) -> bytes:
@@ -160,6 +162,7 @@ class Agent:
             running=sorted(running),
             health=self.health,
             gpu_model=self.offer.gpu_model,
+            agent=self.agent,
         )
         return msgspec.json.encode(heartbeat)
 

@@ -26,6 +26,11 @@ class Settings(Common, frozen=True, kw_only=True):
     ray_token: Annotated[str, Meta(description="the Ray cluster's, if it wants one")] = ""
 
     @property
+    def placed_on(self) -> str:
+        """The node whose work is its own."""
+        return self.machine or self.node
+
+    @property
     def folder_of_node(self) -> Path:
         return Path(self.folder).resolve() / self.node
 
@@ -39,6 +44,7 @@ async def serve(settings: Settings, engine: Engine) -> None:
             bus = await stack.enter_async_context(
                 jetstream.connect(settings.nats_url, settings.nats_token, settings.node)
             )
-            agent = Agent(bus, engine, settings.node, folder)
+            name = settings.node if settings.machine else ""
+            agent = Agent(bus, engine, settings.placed_on, folder, name)
             await stack.enter_async_context(background(agent.run()))
             await until_stopped()

@@ -241,7 +241,7 @@ def said_by(error: APIError) -> str:
 
 
 async def main(settings: Settings) -> None:
-    await serve(settings, DockerEngine(settings.node, settings))
+    await serve(settings, DockerEngine(settings.placed_on, settings))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from services.scheduler.handlers import HANDLERS, Context
 from services.scheduler.nodes import Liveness, problem_of
 from services.scheduler.scaler import Scaler
 from services.scheduler.stimuli import Heartbeat, Tick
+from services.scheduler.voices import Voices
 from services.scheduler.writer import Defect, Writer
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ async def hold(writer: Writer, lock: psycopg.AsyncConnection[DictRow]) -> None:
 
 @dataclass
 class Known:
-    """What a node said last."""
+    """What a node, or an agent of one, said last."""
 
     payload: bytes
     heartbeat: Heartbeat
@@ -136,6 +137,7 @@ class Pulse:
         self.bus = bus
         self.liveness = context.liveness = liveness
         self.scaler = Scaler(context.writer)
+        self.voices = Voices(time.monotonic())
         self.last: dict[str, Heartbeat] = {}
         self.known: dict[str, Known] = {}
         """By subject: most say again what they said."""
@@ -144,7 +146,9 @@ class Pulse:
     async def hear(self) -> None:
         async for subject, payload in self.bus.listen(HEARTBEATS):
             if subject == EAR:
-                self.liveness.heard_itself(time.monotonic())
+                now = time.monotonic()
+                self.liveness.heard_itself(now)
+                self.voices.heard_itself(now)
             else:
                 self.note(subject, payload)
 
@@ -156,12 +160,16 @@ class Pulse:
                 return
             known = self.known[subject] = Known(payload, heartbeat)
         self.liveness.heard(known.heartbeat.node, now)
+        self.voices.heard(known.heartbeat, now)
         if known.heartbeat.loads:
             self.scaler.heard(known.heartbeat)
-        if now >= known.again:
+        if now >= known.again and (whole := self.voices.whole(known.heartbeat, now)):
             known.again = now + AGAIN_S
-            self.last[subject] = msgspec.structs.replace(known.heartbeat, loads=[])
-            self.arrived.set()
+            self.look_at(whole)
+
+    def look_at(self, whole: Heartbeat) -> None:
+        self.last[whole.node] = msgspec.structs.replace(whole, loads=[])
+        self.arrived.set()
 
     async def attend(self) -> None:
         """A heartbeat that could not be taken comes again."""
@@ -177,6 +185,8 @@ class Pulse:
             await self.bus.broadcast(EAR, b"")
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
+            for whole in self.voices.bereft(now):
+                self.look_at(whole)
             silent = self.liveness.silent(now)
             look = self.writer.due_at <= time.time()
             if silent:

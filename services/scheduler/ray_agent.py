@@ -64,7 +64,7 @@ class RayEngine:
     kind = "ray"
 
     def __init__(self, settings: Settings) -> None:
-        self.node = settings.node
+        self.node = settings.placed_on
         self.settings = settings
         token = settings.ray_token
         self.http = urllib3.PoolManager(

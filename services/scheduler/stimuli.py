@@ -54,7 +54,8 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """What a node says of itself, twice a second, on `heartbeats.<node>`."""
+    """What a node says of itself, twice a second, on `heartbeats.<node>`; where several agents are
+    a node together, each on `heartbeats.<agent>` (`voices.py`)."""
 
     node: str
     incarnation: str | int
@@ -68,6 +69,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     labels: dict[str, str] = {}
     loads: list[Load] = []
     """What it serves, and what somebody waits for there. Not logged: decisions on it are."""
+    agent: str = ""
+    """Who says it, of several that are the node together; "" where one is all of it."""
 
 
 class Tick(msgspec.Struct, frozen=True):

@@ -73,13 +73,16 @@ class Agent:
         node: str,
         incarnation: str,
         capacity: Resources,
+        agent: str = "",
     ) -> None:
+        """`agent`: its own name, where others are the node with it."""
         self.db = db
         self.bus = bus
         self.registry = registry
         self.node = node
         self.incarnation = incarnation
         self.capacity = capacity
+        self.agent = agent
         self.engine: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
         self.placed: dict[Key, AttemptPlaced] = {}
         self.tasks: dict[Key, asyncio.Task[None]] = {}
@@ -102,7 +105,7 @@ class Agent:
     async def beat(self) -> None:
         while True:
             meters.RAY_UP.set(self.engine.done())
-            await self.bus.broadcast(f"heartbeats.{self.node}", self.heartbeat())
+            await self.bus.broadcast(f"heartbeats.{self.agent or self.node}", self.heartbeat())
             await asyncio.sleep(BEAT_S)
 
     def heartbeat(self) -> bytes:
@@ -118,6 +121,7 @@ class Agent:
                 "capacity": self.offered(),
                 "running": running,
                 "health": "Healthy" if self.engine.done() else "Initializing",
+                "agent": self.agent,
             }
         )
 

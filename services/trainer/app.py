@@ -78,9 +78,10 @@ async def serving(settings: Settings, db: Database, bus: Bus) -> AsyncIterator[t
             db,
             bus,
             Registry(channel),
-            settings.node,
+            settings.machine or settings.node,
             uuid.uuid4().hex,
             capacity_of(settings),
+            settings.node if settings.machine else "",
         )
         folder = stack.enter_context(session.opened(settings.ray_token))
         context = Context(db, objects, agent)

@@ -174,9 +174,11 @@ async def put_epoch(tx: Transaction, placed: AttemptPlaced, progress: Progress) 
 
 
 async def run_rows(tx: Transaction, project: str) -> list[DictRow]:
-    """The last attempt of every job, newest first."""
+    """The last attempt of every job, newest first; not what was ended before it was placed, nor
+    what another agent of the node ran."""
     return await tx.all(
-        """select * from (select distinct on (job) * from attempt where project = %s
+        """select * from (select distinct on (job) * from attempt
+           where project = %s and not (state = 'stopped' and spec = '{}')
            order by job, token desc) one order by placed_at desc limit %s""",
         (project, RUNS_MAX),
     )
@@ -184,7 +186,8 @@ async def run_rows(tx: Transaction, project: str) -> list[DictRow]:
 
 async def run_row(tx: Transaction, project: str, job: str) -> DictRow | None:
     return await tx.one(
-        "select * from attempt where (project, job) = (%s, %s) order by token desc limit 1",
+        """select * from attempt where (project, job) = (%s, %s)
+           and not (state = 'stopped' and spec = '{}') order by token desc limit 1""",
         (project, job),
     )
 
