@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bench.rows import DATA, Row, row, show
-from services.scheduler import philly, traces
+from services.scheduler import philly, replay, traces
 from services.scheduler.philly import Summary
 from services.scheduler.simulator import Simulator
 from services.scheduler.stimuli import QueueApplied, QueueSpec
@@ -92,8 +92,10 @@ def vc_rows(found: Mapping[str, Summary], vcs: list[str]) -> list[Row]:
 
 
 def of_file(path: Path) -> list[Row]:
-    """Any trace in Philly's columns, on the same cluster."""
-    return shared_rows(*(pooled(traces.jobs_of(path), how) for how in (SHARED, BY_ARRIVAL)))
+    """Any trace in Philly's columns, on the same cluster. Raises `BadTrace`."""
+    jobs = traces.jobs_of(path)
+    replay.check(jobs, philly.NODES * philly.GPUS_A_NODE, None)
+    return shared_rows(*(pooled(jobs, how) for how in (SHARED, BY_ARRIVAL)))
 
 
 if __name__ == "__main__":

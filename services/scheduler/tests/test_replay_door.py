@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bench import philly
 from services.scheduler import replay
+from services.scheduler.traces import BadTrace
 
 NODES = "sn,cpu_milli,memory_mib,gpu,model\n"
 PODS = "name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec\n"
@@ -112,3 +114,10 @@ def test_virtual_clusters_divide_all_gpus_of_any_cluster(tmp_path: Path) -> None
     decided = door(tmp_path, nodes=GOOD["nodes"], jobs=jobs, vcs=GOOD["vcs"])
     assert {one["outcome"] for one in decided} >= {"done"}
     assert {one["nodes"].count("|") + 1 for one in decided if one["job"] == "job-1"} == {3}
+
+
+def test_the_benchmark_of_a_file_tells_what_is_wrong_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.csv"
+    path.write_text(JOBS + "2017-10-01,1,648,1,a\n")
+    with pytest.raises(BadTrace, match="job-1: needs 648 GPUs, the cluster has 640"):
+        philly.of_file(path)
