@@ -131,6 +131,10 @@ async def test_what_is_not_for_this_node_or_came_too_late_is_left_alone(
     await desk.send(placed("stale", spec, attempt=2), placed("stale", spec, attempt=1))
     assert [(one.job, one.attempt) for one in await desk.of(AttemptStarted)] == [("stale", 2)]
     assert [key[1:] for key in desk.agent.tasks] == [("stale", 2)]
+    listed = await desk.trainer.ListRuns(pb.ListRunsRequest(project=PROJECT), None)
+    assert [one.job for one in listed.runs] == ["stale"], "what was stopped unplaced is no run"
+    with pytest.raises(NotFound):
+        await desk.trainer.GetRun(pb.GetRunRequest(project=PROJECT, job="late"), None)
 
 
 async def test_the_heartbeat_tells_what_runs_and_whether_ray_is_warm(desk: Desk) -> None:
