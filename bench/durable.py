@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter, process_time
@@ -39,7 +39,7 @@ CPU_MILLI = 64_000
 ONE_AT_A_TIME, TOGETHER = 10_000, 90_000
 """Jobs of a round."""
 BATCH = 500
-IN_FLIGHT = 256
+IN_FLIGHT, BATCHES_IN_FLIGHT = 256, 4
 DRAINED = 5_000
 PASSWORD = "bench"  # noqa: S105 - of a server on loopback that lives for a run
 READY_S = 120
@@ -138,29 +138,27 @@ async def running(server: Server) -> AsyncIterator[SchedulerStub]:
         await server.stop()
 
 
-def job(number: int, prefix: str) -> SubmitJobRequest:
+def jobs(prefix: str, count: int) -> list[SubmitJobRequest]:
     small = Resources(cpu_milli=1000, memory_mib=512)
-    return SubmitJobRequest(project="p", job=f"{prefix}-{number}", kind="train", resources=small)
+    return [
+        SubmitJobRequest(project="p", job=f"{prefix}-{number}", kind="train", resources=small)
+        for number in range(count)
+    ]
 
 
-async def submit(stub: SchedulerStub, count: int, batch: int, prefix: str) -> float:
-    """Jobs/s, each answered after it is durable."""
-    window = asyncio.Semaphore(IN_FLIGHT if batch == 1 else 4)
-    jobs = [job(number, prefix) for number in range(count)]
-    calls: Iterable[Any] = (
-        jobs
-        if batch == 1
-        else [SubmitJobsRequest(jobs=jobs[at : at + batch]) for at in range(0, count, batch)]
-    )
-    call: Any = stub.SubmitJob if batch == 1 else stub.SubmitJobs
+async def rate(
+    call: Callable[[Any], Awaitable[Any]], requests: Sequence[Any], at_once: int
+) -> float:
+    """Answers/s."""
+    window = asyncio.Semaphore(at_once)
 
     async def one(request: Any) -> None:
         async with window:
             await call(request)
 
     began = perf_counter()
-    await asyncio.gather(*(one(request) for request in calls))
-    return count / (perf_counter() - began)
+    await asyncio.gather(*map(one, requests))
+    return len(requests) / (perf_counter() - began)
 
 
 async def echo(count: int) -> float:
@@ -173,16 +171,8 @@ async def echo(count: int) -> float:
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-            window = asyncio.Semaphore(IN_FLIGHT)
-
-            async def one() -> None:
-                async with window:
-                    await call(b"x" * 60)
-
-            await asyncio.gather(*(one() for _ in range(500)))
-            began = perf_counter()
-            await asyncio.gather(*(one() for _ in range(count)))
-            return count / (perf_counter() - began)
+            await rate(call, [b"x" * 60] * 500, IN_FLIGHT)
+            return await rate(call, [b"x" * 60] * count, IN_FLIGHT)
     finally:
         program.kill()
         await program.wait()
@@ -216,9 +206,11 @@ async def copied(world: World, count: int, lines: int) -> float:
 
 async def throughput(world: World, scheduler: Server, stub: SchedulerStub) -> list[Row]:
     await world.until("select count(*) >= %s from log where name = 'Heartbeat'", NODES)
-    single = await submit(stub, ONE_AT_A_TIME, 1, "one")
+    single = await rate(stub.SubmitJob, jobs("one", ONE_AT_A_TIME), IN_FLIGHT)
     before, waited = world.used(scheduler), await world.one("select count(*) from outbox")
-    many = await submit(stub, TOGETHER, BATCH, "many")
+    asked = jobs("many", TOGETHER)
+    batches = [SubmitJobsRequest(jobs=asked[at : at + BATCH]) for at in range(0, TOGETHER, BATCH)]
+    many = BATCH * await rate(stub.SubmitJobs, batches, BATCHES_IN_FLIGHT)
     used = {name: cpu - before[name] for name, cpu in world.used(scheduler).items()}
     logged = await world.one("select max(sequence) from log")
     assert logged >= ONE_AT_A_TIME + TOGETHER + NODES, logged
