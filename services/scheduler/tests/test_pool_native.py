@@ -254,6 +254,18 @@ def test_a_score_below_zero_is_rounded_down() -> None:
     assert twins.spots() == [Spot("b")]
 
 
+def test_a_worth_that_grows_is_rounded_down_too() -> None:
+    """By a plan to which two GPUs have too little CPU and one has enough: a thousandth of a GPU is
+    won on the first node, lost on the second, and which has less left decides nothing."""
+    twins = Twins("priced")
+    parts = {"gpu": ((0, 1_000_000),), "cpu": ((0, 0, 1000),), "memory": ((1_000_000,),)}
+    twins.price(Prices(models=("T4",), **parts, cpu_step=1000, memory_step=1))
+    for name, gpus in (("a", 2), ("b", 1)):
+        twins.join(Machine(name, 2000, 0, gpus, "T4"))
+    twins.place(Shape(0, 0, 1, 1000), 1, False)
+    assert twins.spots() == [Spot("a", (0,))]
+
+
 def test_what_nodes_hold_tells_them_apart_where_as_much_is_free() -> None:
     twins = Twins("clustering")
     for name in "ab":
