@@ -1,6 +1,7 @@
 """Generated servicers answer over any front: every kind of RPC, every end, one status each."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic_ns
 from typing import Any
@@ -15,7 +16,7 @@ from libs import telemetry
 from libs.contracts.protos import open_inference_pb2 as oip
 from libs.contracts.protos import open_inference_pb2_grpc
 from libs.doors import Exhausted, NotFound
-from services.inference import fronts
+from services.inference import fronts, native, python_front
 from services.inference.modelconfig import Misconfigured
 from services.inference.rpc import REFLECTION_V1, WATCH, Host, health_and_reflection
 from stack.testing import eventually
@@ -275,3 +276,17 @@ async def test_reflection_lists_the_services(host: Host, method: str) -> None:
 def test_a_front_that_nobody_knows_is_refused(kind: str) -> None:
     with pytest.raises(Misconfigured, match="not one of auto, native, python"):
         fronts.make(kind, lambda call: None, [])
+
+
+async def test_the_native_front_speaks_where_it_is_and_else_the_python_one_which_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if native.available():
+        assert isinstance(fronts.make("auto", lambda call: None, []), native.NativeFront)
+        assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+    monkeypatch.setattr(native, "EXTENSION", "leptonic_native_of_nowhere")
+    assert isinstance(fronts.make("auto", lambda call: None, []), python_front.PythonFront)
+    (said,) = [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert said.getMessage() == (
+        "the Python front speaks gRPC: the extension leptonic_native is not installed"
+    )
