@@ -1,9 +1,9 @@
 """Work that would hold up the event loop, on a thread: large requests read, large answers written.
 
 Python's threads share one interpreter, so a thread helps only where its calls are short: `tensors`
-takes values in parts. Four requests of 10 MB of typed floats, one after the other, held the loop for
-2.0 to 3.3 s at the longest when they were read on it, and for 0.18 to 0.23 s here (four tries of each
-by turns; two cores that had six times as much to do).
+takes values in parts. Four requests of 10 MB of typed floats, one after the other, held the loop
+for 2.0 to 3.3 s at the longest when they were read on it, and for 0.18 to 0.23 s here (four tries
+of each by turns; two cores that had six times as much to do).
 """
 
 import asyncio
