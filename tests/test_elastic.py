@@ -262,7 +262,7 @@ async def test_a_machine_trains_while_nobody_asks_it_and_answers_who_does(
     monkeypatch.setattr(autoscale, "SPARE_S", SPARE_S)
     settings = msgspec.structs.replace(at("inference"), machine="box", cpu_milli=1000)
     async with started(settings, bus) as replica:
-        await eventually(lambda: runs_both(writer), WARM_S)
+        await eventually(lambda: runs(writer, "serve", "train"), WARM_S)
         wanted = Autoscaling(min_replicas=0, max_replicas=1, idle_s=3600)
         await deploy(platform, wanted, await register(objects, 1, 100, stage.digits()))
         await replica.until_announced(1)
@@ -272,6 +272,9 @@ async def test_a_machine_trains_while_nobody_asks_it_and_answers_who_does(
         await eventually(lambda: trained(trainer, 1), WARM_S)
         assert labels(await replica.oip.ModelInfer(request(ROW), timeout=PATIENCE_S)) == [1]
         await eventually(lambda: trained(trainer, 2), WARM_S)
+        await trainer.kill_all()
+        await eventually(lambda: runs(writer, "serve"), PATIENCE_S)
+        assert await waits(writer, "training")
     events = [(one.verb, one.job) for one in await seen(bus)]
     there, back = "serve-digits", "serve-digits.2"
     lent = [("placed", there), ("stopped", there), ("placed", "training")]
@@ -279,9 +282,10 @@ async def test_a_machine_trains_while_nobody_asks_it_and_answers_who_does(
     assert events[:7] == [*lent, *given_back, ("placed", "training")]
 
 
-async def runs_both(writer: Writer) -> bool:
+async def runs(writer: Writer, *kinds: str) -> bool:
+    """Whether that is what the machine does, for those who live there."""
     nodes = await writer.read(lambda one: {node.node: node.kinds for node in one.nodes.values()})
-    return nodes == {"box": ["serve", "train"]}
+    return nodes == {"box": list(kinds)}
 
 
 async def training(objects: ObjectStore) -> JobRequested:
