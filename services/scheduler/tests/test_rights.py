@@ -1,5 +1,6 @@
 """Who goes for whom in a cohort by attained service: by what each queue owes, as the ledger counts
-it. On walks of weeks, with a node for each job and with gangs; and the ledger is seen to object.
+it. On walks of hours and of weeks, past a queue that asks for little, with a node for each job and
+with gangs; and the ledger is seen to object.
 """
 
 import random
@@ -15,6 +16,7 @@ from services.scheduler.tests.world import World
 HOUR_S = 3_600
 QUEUES = ("left", "right", "third")
 STEPS = 250
+SLOW_S = [10, 600, HOUR_S, 6 * HOUR_S]
 
 
 def world_of(chance: random.Random, nodes: int, gpus: int) -> World:
@@ -40,27 +42,26 @@ def request(job: str, queue: str, gpus: int = 1, **fields: Any) -> JobRequested:
 
 @pytest.mark.parametrize("gpus", [1, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_on_a_walk_of_weeks_the_ledger_agrees_with_who_goes(seed: int, gpus: int) -> None:
+def test_on_a_walk_the_ledger_agrees_with_who_goes(seed: int, gpus: int) -> None:
     chance = random.Random(seed)
     world = world_of(chance, 8 // gpus, gpus)
     for number in range(STEPS):
-        walk(world, chance, number, gpus)
+        walk(world, chance, number, gpus, quick=seed % 2 == 0)
         start(world)
         if number % 10 == 0:
             world.check()
     evicted = {(one.project, one.job) for one in stops(world) if "preempted for" in one.reason}
-    assert len(evicted) > 10
-    assert {world.ledger.requests[key].queue for key in evicted} == set(QUEUES)
+    assert len(evicted) > 2
     world.crash(keeps=False)
 
 
-def walk(world: World, chance: random.Random, number: int, gpus: int) -> None:
+def walk(world: World, chance: random.Random, number: int, gpus: int, quick: bool) -> None:
     live = list(world.ledger.live.values())
     match chance.choices(range(4), [10, 6, 5, 1])[0]:
         case 0:
             one = request(
                 f"j{number}",
-                chance.choice(QUEUES),
+                chance.choices(QUEUES, [1, 4, 4])[0],
                 chance.choice([1, 1, 2, 4]) if gpus > 1 else 1,
                 priority=chance.choice([1, 1, 1, 2]),
                 preemptible=chance.random() < 0.95,
@@ -70,7 +71,7 @@ def walk(world: World, chance: random.Random, number: int, gpus: int) -> None:
             for share in chance.choice(live).shares.values():
                 world.answer(share, "succeeds")
         case 2:
-            world.tell(Tick(look=True), chance.choice([10, 600, HOUR_S, 6 * HOUR_S]))
+            world.tell(Tick(look=True), chance.choice([10, 100, 600] if quick else SLOW_S))
         case _:
             world.recover(f"n{chance.randrange(8 // gpus)}")
 
@@ -84,6 +85,21 @@ def start(world: World) -> None:
 
 def stops(world: World) -> list[AttemptStopped]:
     return [one for *_, said in world.log for one in said if isinstance(one, AttemptStopped)]
+
+
+def test_of_a_queue_that_owes_nothing_no_more_goes_than_it_has_borrowed() -> None:
+    """One GPU is borrowed, and two are asked for."""
+    world = World()
+    world.beat("n0", Resources(64, 64, 1000, 2), "A")
+    for queue, own in (("left", 1000), ("third", 2000)):
+        spec = QueueSpec(queue=queue, cohort="all", order="attained", nominal={"gpu_milli": own})
+        world.tell(QueueApplied(msgspec.structs.replace(spec, reclaim="any")))
+    for number in range(2):
+        world.tell(JobSubmitted(request(f"left-{number}", "left")))
+    start(world)
+    assert world.tell(JobSubmitted(request("own", "third", 2))) == []
+    world.tell(JobSubmitted(request("one", "third")))
+    assert sorted(job for _, job in world.ledger.live) in (["left-0", "one"], ["left-1", "one"])
 
 
 # --- what the ledger objects to
