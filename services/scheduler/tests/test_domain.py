@@ -240,6 +240,24 @@ def test_ended_jobs_are_forgotten_oldest_first_and_not_at_once(
     assert known_after(6, 3.5 + domain.KNOWN_S) == ["4", "5", "6"], "nobody means them any more"
 
 
+def test_a_name_that_comes_again_is_fenced_from_who_had_it_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both are attempt 1 of their job; only the token tells them apart."""
+    monkeypatch.setattr(domain, "FINISHED_MIN", 0)
+    scheduler = Scheduler()
+    before = placed_by(run(scheduler, beat(), request()))
+    run(scheduler, JobCancelled(project="p", job="j"))
+    scheduler.handle(Tick(), 2.0 + domain.KNOWN_S)
+    assert ("p", "j") not in scheduler.jobs, "it is forgotten"
+    again = placed_by(scheduler.handle(request(), 3.0 + domain.KNOWN_S))
+    assert (again.attempt, again.node) == (before.attempt, before.node)
+    assert scheduler.handle(succeeded(before), 4.0 + domain.KNOWN_S) == []
+    assert scheduler.jobs["p", "j"].state == "placed"
+    said = scheduler.handle(succeeded(again), 5.0 + domain.KNOWN_S)
+    assert [type(event) for event in said] == [JobSucceeded]
+
+
 def test_a_move_that_no_table_has_raises() -> None:
     scheduler = Scheduler()
     run(scheduler, beat(), request(), JobCancelled(project="p", job="j"))
