@@ -18,7 +18,7 @@ from services.inference.tests import web
 from services.inference.tests.desk import STATEFUL, Desk, Own, double, echo, opened, refused
 from services.inference.tests.fronts import kinds
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 WIDE = aside.IN_PLACE_BYTES // 8 + 1
 """Values that are read beside the event loop."""
 ROUNDS = 5
