@@ -118,6 +118,7 @@ class Pool {
   int64_t value(const State& state) const;
   void value_all();
   std::vector<int> choose_part(const State& node, const Shape& shape) const;
+  bool is_drawn(const Shape& shape) const { return policy_ == Policy::kRandom && !shape.spread; }
   int64_t lot(const Node& node) const;
   std::optional<uint32_t> best(uint32_t shape, int64_t workers);
   std::optional<uint32_t> best_of(const std::vector<Room>& rooms) const;

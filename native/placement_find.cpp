@@ -7,6 +7,7 @@
 namespace leptonic::placement {
 
 std::vector<int> Pool::choose(const State& node, const Shape& shape) const {
+  if (shape.spread) return loosest(node.gpus, shape);
   if (policy_ == Policy::kDotProduct) return dot_product(node, shape).second;
   if ((policy_ == Policy::kFgd || policy_ == Policy::kPriced) && shape.is_part()) return choose_part(node, shape);
   return tightest(node.gpus, shape);
@@ -46,7 +47,7 @@ std::optional<Spot> Pool::find(uint32_t shape) {
 
 // Of those that have room for so many workers.
 std::optional<uint32_t> Pool::best(uint32_t shape, int64_t workers) {
-  if (policy_ == Policy::kRandom) return best_of(rooms(shape, workers));
+  if (is_drawn(shapes_[shape])) return best_of(rooms(shape, workers));
   Row& row = this->row(shape);
   uint32_t found = row.best[1];
   if (workers > 1) {
@@ -87,7 +88,7 @@ std::vector<Pool::Room> Pool::rooms(uint32_t shape, int64_t least) {
   std::vector<int64_t> workers(states_.size());
   for (size_t i = 0; i < states_.size(); ++i)
     if (row.score[i] != kNone) workers[i] = states_[i].room(shapes_[shape]);
-  bool is_drawn = policy_ == Policy::kRandom;
+  bool is_drawn = this->is_drawn(shapes_[shape]);
   std::vector<Room> found;
   for (uint32_t i = 0; i < nodes_.size(); ++i) {
     uint32_t state = nodes_[i].state;

@@ -40,8 +40,8 @@ void change(Pool& pool, uint32_t node, int64_t cpu_milli, int64_t memory_mib, in
 }
 
 uint32_t shape(Pool& pool, int64_t cpu_milli, int64_t memory_mib, int gpus, int gpu_milli,
-               std::vector<std::string> models, std::string kind, std::vector<Label> labels) {
-  return pool.shape({cpu_milli, memory_mib, gpus, gpu_milli, std::move(models), std::move(kind), std::move(labels)});
+               std::vector<std::string> models, std::string kind, std::vector<Label> labels, bool spread) {
+  return pool.shape({cpu_milli, memory_mib, gpus, gpu_milli, std::move(models), std::move(kind), std::move(labels), spread});
 }
 
 nb::object find(Pool& pool, uint32_t shape) {

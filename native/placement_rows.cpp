@@ -175,6 +175,7 @@ bool Pool::fits(const Row& row, const State& state) const {
 
 // Of a shape that fits.
 int64_t Pool::evaluate(const Shape& shape, const State& state) const {
+  if (shape.spread) return spread(known_.of(state.kind), state, shape);
   switch (policy_) {
     case Policy::kRandom: return 0;  // of each node its lot counts
     case Policy::kDotProduct: return dot_product(state, shape).first;

@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <cassert>
+#include <numeric>
 
 namespace leptonic::placement {
 
 namespace {
 
-constexpr int64_t kCpuUnit = 128'000, kGpuUnit = 8'000, kQuanta = 100;
+constexpr int64_t kCpuUnit = 128'000, kGpuUnit = 8'000, kQuanta = 100, kMillion = 1'000'000;
 constexpr int64_t kWorth = 1'000'000, kQuantum = kWorth * 3 / 1000, kCpuMax = int64_t(1) << 40;
 constexpr int64_t kWorkersMax = 1 << 20;
 __extension__ typedef __int128 Wide;  // amounts are below 2^48, and are multiplied
@@ -224,6 +225,22 @@ std::vector<int> tightest(const Levels& gpus, const Shape& shape) {
   fitting.resize(static_cast<size_t>(shape.gpus));
   std::sort(fitting.begin(), fitting.end());
   return fitting;
+}
+
+std::vector<int> loosest(const Levels& gpus, const Shape& shape) {
+  std::vector<int> order(gpus.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return gpus[size_t(a)] > gpus[size_t(b)]; });
+  order.resize(static_cast<size_t>(shape.gpus));
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+int64_t spread(const Kind& kind, const State& node, const Shape& shape) {
+  auto share = [](int64_t whole, int64_t left) { return whole ? kMillion * (whole - left) / whole : 0; };
+  int64_t used = std::max(share(kind.cpu_milli, node.cpu_milli - shape.cpu_milli),
+                          share(kind.memory_mib, node.memory_mib - shape.memory_mib));
+  return -std::max(used, share(kind.gpus * kGpuMilli, node.total - int64_t(shape.gpus) * shape.gpu_milli));
 }
 
 int64_t best_fit(const State& node, const Shape& shape) {

@@ -23,6 +23,7 @@ struct Shape {
   std::vector<std::string> gpu_models;
   std::string kind;
   std::vector<Label> labels;
+  bool spread = false;  // where most is free, whatever the policy
 
   auto operator<=>(const Shape&) const = default;
   bool is_part() const { return gpus == 1 && gpu_milli < kGpuMilli; }
@@ -122,7 +123,9 @@ uint64_t mixed(uint64_t word);
 uint64_t hashed(std::string_view name);
 // The tightest GPUs for it, in the order of their numbers.
 std::vector<int> tightest(const Levels& gpus, const Shape& shape);
+std::vector<int> loosest(const Levels& gpus, const Shape& shape);
 int64_t best_fit(const State& node, const Shape& shape);
+int64_t spread(const Kind& kind, const State& node, const Shape& shape);
 int64_t packing(const State& node, const Shape& shape);
 int64_t clustering(const State& node, const Shape& shape);
 std::pair<int64_t, std::vector<int>> dot_product(const State& node, const Shape& shape);

@@ -363,7 +363,10 @@ class Book:
 
     def claims(self, job: Job) -> Iterator[Claim]:
         """The ways to place it: one, or for each model of GPU if its queue counts them apart."""
-        ask = job.ask
+        ask, spec = job.ask, self.specs.get(job.request.queue)
+        if spec is not None and spec.placement == "spread":
+            shape = msgspec.structs.replace(ask.shape, spread=True)
+            ask = msgspec.structs.replace(ask, shape=shape)
         if not ask.shape.gpus or not self.quota.flavors(job.request.queue):
             yield Claim(job, ask, amounts_of(ask, {}))
             return

@@ -54,6 +54,7 @@ class NativePool:
                 list(shape.gpu_models),
                 shape.kind,
                 list(shape.labels),
+                shape.spread,
             )
             self.shapes[shape] = known
         return known

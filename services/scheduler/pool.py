@@ -146,17 +146,20 @@ class PythonPool:
         self.nodes: dict[str, Node] = {}
         self.lots = scores.mixed(seed)
         """A sum over what is taken: the same whenever the same is."""
-        self.choose = SCORES[policy]
+        self.packed = SCORES[policy]
         if policy == "random":
-            self.choose = scores.random(scores.mixed(self.lots))
+            self.packed = scores.random(scores.mixed(self.lots))
+
+    def choose(self, view: scores.View, shape: Shape) -> scores.Choice:
+        return scores.spread(view, shape) if shape.spread else self.packed(view, shape)
 
     def learn(self, typical: Sequence[tuple[Shape, int]]) -> None:
         if self.policy == "fgd":
-            self.choose = scores.fgd(scores.fragments(typical))
+            self.packed = scores.fgd(scores.fragments(typical))
 
     def price(self, prices: Prices) -> None:
         if self.policy == "priced":
-            self.choose = scores.priced(prices)
+            self.packed = scores.priced(prices)
 
     def join(self, machine: Machine) -> None:
         assert machine.node not in self.nodes, machine.node
@@ -184,7 +187,7 @@ class PythonPool:
         self.nodes[spot.node].move(shape, spot.gpus, sign)
         self.lots = (self.lots + sign * scores.hashed(spot.node)) & scores.WORD
         if self.policy == "random":
-            self.choose = scores.random(scores.mixed(self.lots))
+            self.packed = scores.random(scores.mixed(self.lots))
 
     def free(self, node: str) -> Free:
         return self.nodes[node].free

@@ -17,6 +17,7 @@ from services.scheduler.shapes import GPU_MILLI, Free, Machine, Shape, admits
 CPU_UNIT, GPU_UNIT = 128_000, 8_000
 """The artifact's largest node, in milli: what 1.0 of a resource is in best fit and dot product."""
 QUANTA = 100
+MILLION = 1_000_000
 
 
 class View(msgspec.Struct):
@@ -37,6 +38,12 @@ def tightest(free: Free, shape: Shape) -> tuple[int, ...]:
     """The GPUs that have the least left and still enough, the first of equal ones."""
     fitting = [i for i, left in enumerate(free.gpus) if left >= shape.gpu_milli]
     return tuple(sorted(sorted(fitting, key=lambda i: (free.gpus[i], i))[: shape.gpus]))
+
+
+def loosest(free: Free, shape: Shape) -> tuple[int, ...]:
+    """The GPUs that have the most left, the first of equal ones."""
+    order = sorted(range(len(free.gpus)), key=lambda i: (-free.gpus[i], i))
+    return tuple(sorted(order[: shape.gpus]))
 
 
 def candidates(free: Free, shape: Shape) -> list[tuple[int, ...]]:
@@ -66,6 +73,23 @@ def best_fit(view: View, shape: Shape) -> Choice:
     spare = left.cpu_milli * GPU_UNIT + sum(left.gpus) * CPU_UNIT
     whole = 2 * CPU_UNIT * GPU_UNIT
     return QUANTA * (whole - spare) // whole, gpus
+
+
+def spread(view: View, shape: Shape) -> Choice:
+    """The less is used of what is used most there, the better; of GPUs the one with most left."""
+    gpus = loosest(view.free, shape)
+    left, machine = after(view.free, shape, gpus), view.machine
+    used = (
+        share(machine.cpu_milli, left.cpu_milli),
+        share(machine.memory_mib, left.memory_mib),
+        share(machine.gpus * GPU_MILLI, sum(left.gpus)),
+    )
+    return -max(used), gpus
+
+
+def share(whole: int, left: int) -> int:
+    """What is used of it, in millionths."""
+    return MILLION * (whole - left) // whole if whole else 0
 
 
 def packing(view: View, shape: Shape) -> Choice:

@@ -24,6 +24,8 @@ class Shape(msgspec.Struct, frozen=True, order=True, cache_hash=True):
     """The node must announce it; "" is any."""
     labels: tuple[tuple[str, str], ...] = ()
     """The node must carry all of them."""
+    spread: bool = False
+    """Where most is free, whatever the policy; else as the policy says."""
 
 
 class Machine(msgspec.Struct, frozen=True):

@@ -127,6 +127,8 @@ class QueueSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How long a borrower may keep what is reclaimed."""
     aging_s: int = 0
     """Waiting so long raises a job's priority by 1; 0 for never."""
+    placement: Literal["pack", "spread"] = "pack"
+    """`spread`: each job where most is free. A gang stays together as it can, either way."""
 
 
 class QueueApplied(msgspec.Struct, frozen=True):

@@ -105,6 +105,7 @@ def queue_of(scheduler: Scheduler, name: str, now: float) -> proto.Queue:
     if spec is None:
         return queue
     queue.cohort, queue.weight, queue.order = spec.cohort, spec.weight, spec.order
+    queue.placement = spec.placement
     queue.share = scheduler.quota.share(name, {})
     owed = owed_by(scheduler, spec, now)
     for resource in sorted(spec.nominal):

@@ -707,6 +707,7 @@ class Queue(message.Message):
     SHARE_FIELD_NUMBER: builtins.int
     QUOTAS_FIELD_NUMBER: builtins.int
     REPLICAS_FIELD_NUMBER: builtins.int
+    PLACEMENT_FIELD_NUMBER: builtins.int
     queue: builtins.str
     waiting: builtins.int
     running: builtins.int
@@ -715,6 +716,8 @@ class Queue(message.Message):
     order: builtins.str
     share: builtins.int
     """Dominant share of what the cohort has, of what is borrowed, over the weight: millionths."""
+    placement: builtins.str
+    """pack or spread."""
     @builtins.property
     def allocated(self) -> Resources: ...
     @builtins.property
@@ -738,10 +741,11 @@ class Queue(message.Message):
         share: builtins.int = ...,
         quotas: abc.Iterable[QuotaUse] | None = ...,
         replicas: abc.Iterable[Replicas] | None = ...,
+        placement: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "cohort", b"cohort", "order", b"order", "queue", b"queue", "quotas", b"quotas", "replicas", b"replicas", "running", b"running", "share", b"share", "waiting", b"waiting", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["allocated", b"allocated", "cohort", b"cohort", "order", b"order", "placement", b"placement", "queue", b"queue", "quotas", b"quotas", "replicas", b"replicas", "running", b"running", "share", b"share", "waiting", b"waiting", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -65,6 +65,7 @@ specs = st.builds(
     reclaim=st.sampled_from(["never", "lower", "any"]),
     grace_s=st.sampled_from([0, 30]),
     aging_s=st.sampled_from([0, 50]),
+    placement=st.sampled_from(["pack", "spread"]),
 )
 
 
@@ -320,6 +321,7 @@ def queue_of(chance: random.Random, queue: str) -> QueueSpec:
         reclaim=reclaim,
         grace_s=chance.choice([0, 20]),
         aging_s=chance.choice([0, 30]),
+        placement="spread" if queue == "right" else "pack",
     )
 
 

@@ -1,5 +1,6 @@
 """The pool by examples: what fits where, which node and GPU a policy takes, and gangs."""
 
+import msgspec
 import pytest
 
 from services.scheduler import scores
@@ -80,6 +81,25 @@ def test_a_larger_gang_spreads_over_the_fewest_nodes() -> None:
     assert pool.fits_empty(WHOLE, 14, one_node=False)
     assert not pool.fits_empty(WHOLE, 15, one_node=False)
     assert not pool.fits_empty(WHOLE, 9, one_node=True)
+
+
+def test_who_is_to_be_spread_goes_where_the_least_is_used_of_what_is_used_most() -> None:
+    """Shares count and not amounts, whatever the policy: of `a` an eighth of the GPUs is used, of
+    `b` a quarter of the memory."""
+    half = msgspec.structs.replace(HALF, spread=True)
+    pool = pool_of(eight("a"), Machine("b", 640_000, 4096, 8, "V100"), policy="best_fit")
+    pool.take(WHOLE, Spot("a", (0,)))
+    pool.take(Shape(0, 1024), Spot("b"))
+    assert pool.find(half) == Spot("a", (1,))
+    assert pool.find(HALF) == Spot("a", (1,))
+    pool.take(half, Spot("a", (1,)))
+    pool.take(Shape(0, 20_000), Spot("a"))
+    assert pool.find(half) == Spot("b", (0,))
+    assert pool.find(HALF) == Spot("a", (1,))
+    assert pool.find_gang(msgspec.structs.replace(FOUR, spread=True), 2, False) == [
+        Spot("b", (0, 1, 2, 3)),
+        Spot("b", (4, 5, 6, 7)),
+    ]
 
 
 def test_parts_of_gpus_make_a_gang() -> None:

@@ -36,6 +36,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         gpu_models=draw(st.sampled_from([(), (), ("T4",), MODELS])),
         kind=draw(st.sampled_from(["", "", "train"])),
         labels=draw(st.sampled_from([(), *ZONES])),
+        spread=draw(st.sampled_from([False, False, True])),
     )
 
 

@@ -74,6 +74,12 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.scheduler.jobs["p", job].state
 
+    def node_of(self, job: str) -> str:
+        live = self.scheduler.jobs["p", job].live
+        assert live is not None
+        (part,) = live.parts
+        return part.node
+
     def answer(self, kind: type[AttemptStarted | AttemptSucceeded], job: str) -> list[Event]:
         live = self.scheduler.jobs["p", job].live
         (part,) = live.parts
@@ -87,6 +93,18 @@ class Cluster:
 
     def why(self, job: str) -> str:
         return self.scheduler.why(self.scheduler.jobs["p", job])
+
+
+def test_a_queue_packs_or_spreads_as_it_says_when_its_jobs_are_placed() -> None:
+    cluster = Cluster(4, 4, 4)
+    cluster.queue("q", placement="spread")
+    for job in "abc":
+        assert cluster.submit(job) == "placed"
+    assert {cluster.node_of(job) for job in "abc"} == {"n0", "n1", "n2"}
+    cluster.queue("q", placement="pack")
+    for job in "def":
+        assert cluster.submit(job) == "placed"
+    assert len({cluster.node_of(job) for job in "def"}) == 1
 
 
 def test_a_quota_holds_back_what_has_room_and_says_so() -> None:
