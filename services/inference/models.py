@@ -210,7 +210,6 @@ def session_of(
     options.intra_op_num_threads = INTRA_OP_THREADS
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_FATAL
-    options.enable_cpu_mem_arena = False
     try:
         for library in libraries:
             options.register_custom_ops_library(str(library))
