@@ -141,6 +141,7 @@ def decisions(nodes: int) -> Iterator[Row]:
     for _ in range(ROUNDS):
         for policy, world in worlds.items():
             rounds[policy].append(world.times_us())
+    gc.unfreeze()
     floor = floor_us(nodes)
     for policy, of_policy in rounds.items():
         yield row_of(policy, nodes, of_policy, floor, worlds[policy].full)
