@@ -5,6 +5,9 @@ looked up, joins its batcher, and comes back with its whole batch in one call on
 """
 
 import asyncio
+import contextlib
+import os
+import socket
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,8 +20,6 @@ from services.inference.python_batcher import Answered, PythonBatcher
 from services.inference.rpcs import Head, Rpc
 
 BACKLOG = 1024
-ACCEPT_ROUNDS = 3
-"""Of the loop: to see that somebody is there, to accept, and to begin."""
 FORMS_MAX = 1024
 TRY_AGAIN = (("retry-after", "1"),)
 BEGIN = struct.Struct(f">IBI{len(rpcs.OPENING)}sIBI")
@@ -244,13 +245,18 @@ class PythonFront:
         for connection in self.connections:
             connection.leave()
 
-    async def close(self, patience_s: float) -> None:
+    async def close_door(self) -> None:
+        """Who is in the kernel's queue comes in: closing would reset them. The loop looks once a
+        round; so the last look is our own, and nothing but closing comes after it."""
         assert self.server is not None
-        for _ in range(ACCEPT_ROUNDS):
-            await asyncio.sleep(
-                0
-            )  # who is in the kernel's queue comes in; closing would reset them
+        doors = [socket.socket(fileno=os.dup(one.fileno())) for one in self.server.sockets]
         self.server.close()
+        came = [one for door in doors for one in accepted(door)]
+        for one in came:
+            await self.loop.connect_accepted_socket(lambda: Connection(self), one)
+
+    async def close(self, patience_s: float) -> None:
+        await self.close_door()
         self.say_goodbye()
         try:
             async with asyncio.timeout(patience_s):
@@ -260,3 +266,13 @@ class PythonFront:
         except TimeoutError:
             for connection in list(self.connections):
                 connection.cut()
+
+
+def accepted(door: socket.socket) -> list[socket.socket]:
+    """All who are there; then it is closed."""
+    came = []
+    door.setblocking(False)
+    with door, contextlib.suppress(BlockingIOError):
+        while True:
+            came.append(door.accept()[0])
+    return came
