@@ -42,9 +42,8 @@ async def eventually(
         failure: AssertionError | None = None
         value = None
         try:
-            value = check()
-            if isawaitable(value):
-                value = await value
+            found = check()
+            value = await found if isawaitable(found) else found
         except AssertionError as error:
             failure = error
         if value:

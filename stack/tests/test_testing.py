@@ -42,3 +42,14 @@ async def test_eventually_tells_the_last_failure() -> None:
     assert await eventually(check)
     with pytest.raises(AssertionError, match="still 0"):
         await eventually(lambda: 0, timeout_s=0.05)
+
+
+async def test_what_an_async_check_asserts_is_waited_for_too() -> None:
+    looks: list[int] = []
+
+    async def third() -> int:
+        looks.append(1)
+        assert len(looks) == 3
+        return 7
+
+    assert await eventually(third) == 7
