@@ -14,7 +14,9 @@ namespace {
 
 constexpr int64_t kNsInMs = 1'000'000;
 constexpr int64_t kQuickNs = 300'000;  // a batch: so long the sockets may wait for its runner
+constexpr int64_t kQuickAloneNs = 3'000'000;  // where nobody else is asked
 constexpr int64_t kPaceShare = 8;      // of the latest batch: an eighth
+constexpr int64_t kAwayPaces = 2;
 
 Limits within(Limits limits, const Lane& lane) {
   if (lane.batched) return limits;
@@ -141,7 +143,7 @@ bool Batcher::take(std::unique_ptr<Batch>& batch, std::vector<Refused>& late) {
       if (std::exchange(steers, false)) helm_->hand_over();
       rest(held, turn_.wait_ns);
     }
-    if (steers) is_quick() ? helm_->leave() : helm_->hand_over();
+    if (steers) is_quick() ? helm_->leave(kAwayPaces * pace_ns_) : helm_->hand_over();
     if (turn_.batch.empty() && turn_.late.empty()) return false;
     taken.reserve(turn_.batch.size());
     for (const Place& place : turn_.batch) taken.push_back(owned(place.request));
@@ -168,7 +170,8 @@ Refused Batcher::refused(const Late& late, int64_t now_ns) const {
 
 // As far as it is known: whoever has run the last batches is back so soon.
 bool Batcher::is_quick() const {
-  return pace_ns_ > 0 && pace_ns_ <= kQuickNs && line_.limits().max_queue_delay_ns == 0;
+  if (pace_ns_ == 0 || line_.limits().max_queue_delay_ns > 0) return false;
+  return pace_ns_ <= kQuickNs || (pace_ns_ <= kQuickAloneNs && helm_->is_of_one());
 }
 
 // A turn over the sockets. False: it is not at the helm any more.

@@ -98,6 +98,7 @@ std::vector<Event> Front::events() {
 }
 
 void Front::tell(Event event) {
+  helm_->saw(nullptr);
   bool first;
   {
     std::lock_guard held(lock_);

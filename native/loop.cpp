@@ -191,6 +191,7 @@ bool Front::round(const Batcher* mine, bool may_sleep) {
 bool Front::wake_joined(const Batcher* mine) {
   bool others = false, own = false;
   for (auto& batcher : joined_) {
+    helm_->saw(batcher.get());
     if (batcher.get() == mine) own = true;
     else others |= batcher->wake();
   }
