@@ -5,15 +5,15 @@ Spans are made as in a service, and go nowhere unless a test looks at them.
 import pytest
 from hypothesis import HealthCheck, settings
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.resources import Resource
 
-from libs.telemetry import ChosenIds
+from libs.telemetry import Provider
 
 settings.register_profile(
     "leptonic", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("leptonic")
-trace.set_tracer_provider(TracerProvider(id_generator=ChosenIds()))
+trace.set_tracer_provider(Provider(Resource.create()))
 pytest_plugins = ["stack.testing"]
 
 
