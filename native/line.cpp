@@ -9,7 +9,7 @@ namespace leptonic {
 namespace {
 
 constexpr int64_t kNsInUs = 1000;
-constexpr int64_t kBackShare = 32;  // of what a batch took: so long those answered may take to ask again
+constexpr int64_t kBackShare = 16;  // of what a batch took: so long those answered may take to ask again
 constexpr int64_t kBackNsMin = 100'000, kBackNsMax = 5'000'000;
 constexpr uint64_t kDelayed = uint64_t{1} << 32;  // behind all priorities
 

@@ -32,7 +32,7 @@ US = 1000
 """In ns."""
 DELAYED = 1 << 32
 """The level behind all priorities: of those whose timeout passed under DELAY."""
-BACK_SHARE = 32
+BACK_SHARE = 16
 """Of the time that a batch took: so long those whom it answered may take to ask again."""
 BACK_NS_MIN, BACK_NS_MAX = 100_000, 5_000_000
 """Less is not worth a timer, which is 50 us late; who is not back by then is not coming back."""

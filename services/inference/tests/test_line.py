@@ -170,13 +170,13 @@ def test_a_request_larger_than_the_preferred_size_is_served_whole(make: Make) ->
 @both
 def test_who_was_just_answered_is_waited_for_as_long_as_the_batch_was_slow(make: Make) -> None:
     line = joined(make, Batching(), Join(1), Join(1))
-    line.answered(2, 6_400_000, 1000)
+    line.answered(2, 3_200_000, 1000)
     assert line.take(1500) == Turn([], [], 200_000 + 1000 - 1500)
     assert line.join(3, 1, 0, 2000)
     assert line.take(2000) == Turn([], [], 199_000)
     assert line.join(4, 1, 0, 3000)
     assert line.take(3000) == Turn([1, 2, 3, 4], [], 0)
-    line.answered(4, 6_400_000, 10_000)
+    line.answered(4, 3_200_000, 10_000)
     assert line.join(5, 1, 0, 11_000)
     assert line.take(210_000) == Turn([5], [], 0)
 
