@@ -44,6 +44,7 @@ bool Scene::round(const Batcher* mine, bool may_sleep) {
   mails.clear();
   pollfd bell{mailbox->descriptor(), POLLIN, 0};
   mailbox->awake(poll(&bell, 1, may_sleep && mailbox->may_sleep() ? -1 : 0) > 0);
+  helm->saw(mine);
   of_runners += mine != nullptr;
   return ++rounds % 64 != 0 && (mine == nullptr || !over);
 }
@@ -109,7 +110,7 @@ void configure(Scene& scene, uint64_t seed, const std::atomic<bool>& over) {
   while (!over) {
     Limits limits;
     limits.max_batch_size = kRowsMax - static_cast<int64_t>(below(random, 6));
-    limits.max_queue_delay_ns = static_cast<int64_t>(below(random, 50'000));
+    if (below(random, 2)) limits.max_queue_delay_ns = static_cast<int64_t>(below(random, 50'000));
     limits.priority_levels = below(random, 4);
     limits.delay_late = below(random, 2);
     limits.default_timeout_us = static_cast<int64_t>(below(random, 3) * 100);
