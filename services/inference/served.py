@@ -42,7 +42,7 @@ STREAMS_MAX = 64
 """Of one decoupled version at a time; each holds a thread while it waits for its next answer."""
 STREAMS_END_S = 10.0
 """A version that is unloaded leaves its streams so long to come to their end."""
-TOLD_EVERY_S = 0.1
+TOLD_EVERY_S = 0.5
 """What is noted is told together: whenever the loop's thread is woken it stops the runners."""
 UNTOLD_MAX = 256
 """More is told at once: callers may trace everything."""
