@@ -32,7 +32,7 @@ test: check ## check, then every test
 	@$(PYTHON) -m pytest $(BOUNDED) -n 3 --dist loadfile -m "not slow and not ($(SUITES))"
 	@$(PYTHON) -m pytest $(BOUNDED) -m "slow and not ($(SUITES))"
 
-test-resilience: setup ## every service replaced under load, faults, two Ray nodes, two releases on one schema
+test-resilience: setup ## services replaced under load, faults, an ended demo, a shared machine, two releases on one schema
 	@$(PYTHON) -m pytest $(BOUNDED) -m "resilience and not compose"
 
 test-long: setup ## minutes of training on real data: the articles' case

@@ -62,6 +62,7 @@ def check_demo(line: list[str]) -> None:
     assert parts <= set(measured["services"])
 
 
+@pytest.mark.resilience
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_stops_everything(tmp_path: Path, number: signal.Signals) -> None:
     data_dir = tmp_path / "data"

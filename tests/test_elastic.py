@@ -248,7 +248,8 @@ async def trainer(
         yield one
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # and so is the file
+@pytest.mark.resilience
 async def test_a_machine_trains_while_nobody_asks_it_and_answers_who_does(
     writer: Writer,
     at: At,
