@@ -81,14 +81,14 @@ def record(server: str, rates: dict[str, float]) -> Record:
 
 @pytest.mark.parametrize(
     ("commit", "again", "kept"),
-    [("a", False, ["triton-cpp", "ours"]), ("b", False, ["triton-cpp"]), ("a", True, [])],
+    [("a", False, ["triton-cpp", "ours", "ray"]), ("b", False, ["ray"]), ("a", True, [])],
 )
 def test_a_run_that_was_stopped_goes_on_where_it_still_counts(
     tmp_path: Path, commit: str, again: bool, kept: list[str]
 ) -> None:
     plan = Plan("", ["mlp"], 1.0, 5)
     failed = Record(round=0, server="kserve", names=["mlp"], failed="not ready")
-    records = [record("triton-cpp", {"mlp c64": 10.0}), record("ours", {}), failed]
+    records = [*(record(name, {"mlp c64": 10.0}) for name in ("triton-cpp", "ours", "ray")), failed]
     state = tmp_path / "run.json"
     state.write_bytes(msgspec.json.encode(Run(plan, "a", records, 0.0)))
     assert [one.server for one in begun(state, plan, commit, again).records] == kept

@@ -1,4 +1,5 @@
-"""`make bench-peers`: every server on one core, the client on the other, turn by turn.
+"""`make bench-peers`: every server on one core, the client on the other, turn by turn; who is
+judged by a ratio of a few times, side by side.
 
 ONLY=triton-cpp,ours SECONDS=1 RUNS=5 MODELS=mlp select; a run that was stopped goes on where it
 was, on a later commit too, where only what is ours is measured again (AGAIN=1 starts anew). What
@@ -22,8 +23,8 @@ import msgspec
 from bench.peers import table
 from bench.peers.environments import PEERS, ROOT
 from bench.peers.models import export_missing, rows_of
-from bench.peers.peers import MODELS, Peer, selected
-from bench.peers.rounds import CELLS, Arrangement, Record, in_process, turn
+from bench.peers.peers import BEST, MODELS, OURS, selected
+from bench.peers.rounds import CELLS, Arrangement, Record, Side, in_process, turn
 from bench.peers.wire import write_bodies
 
 RESULTS = Path(__file__).parents[1] / "peers.json"
@@ -69,7 +70,7 @@ def commit() -> str:
 
 def begun(state: Path, plan: Plan, commit: str, again: bool) -> Run:
     """Where the same run was stopped, what failed once more; anew when the plan or the shape of a
-    record is another. What was measured of another commit of ours does not count."""
+    record is another. Of another commit what is ours does not count, nor what ran beside it."""
     fresh = Run(plan, commit, [], os.getloadavg()[0])
     with contextlib.suppress(FileNotFoundError, msgspec.ValidationError):
         run = msgspec.json.decode(state.read_bytes(), type=Run)
@@ -78,7 +79,7 @@ def begun(state: Path, plan: Plan, commit: str, again: bool) -> Run:
             fresh.records = [
                 one
                 for one in run.records
-                if not one.failed and (run.commit == commit or one.server not in table.OWN)
+                if not one.failed and (run.commit == commit or one.server not in (BEST, *table.OWN))
             ]
     return fresh
 
@@ -87,40 +88,38 @@ def work(run: Run, where: Arrangement) -> Iterator[Record]:
     """What is not measured yet, round by round: a slow minute hurts every server alike."""
     done = {(one.round, one.server, tuple(one.names)) for one in run.records}
     failures: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    models = run.plan.models
+    models = tuple(run.plan.models)
     for number in range(run.plan.runs):
-        for peer in selected(run.plan.only):
-            for names in turns(peer, models):
-                hopeless = failures[peer.name, names] == TRIES_MAX
-                if (number, peer.name, names) not in done and not hopeless:
-                    record = turn(number, peer, names, where)
-                    failures[peer.name, names] += bool(record.failed)
+        for sides in turns(run.plan, where):
+            todo = [one for one in sides if failures[one.label, one.names] < TRIES_MAX]
+            if any((number, one.label, one.names) not in done for one in todo):
+                for record in turn(number, todo):
+                    failures[record.server, tuple(record.names)] += bool(record.failed)
                     yield record
-            if peer.name == table.OURS:
-                for label, names, cores in special(models, where):
-                    if (number, label, names) not in done:
-                        yield turn(number, peer, names, cores, label)
-        if (number, "onnxruntime", tuple(models)) not in done:
+        if (number, "onnxruntime", models) not in done:
             yield in_process(number, models, where)
 
 
-def special(
-    models: list[str], where: Arrangement
-) -> Iterator[tuple[str, tuple[str, ...], Arrangement]]:
-    """Turns of ours alone: with one model, as a replica has it; and with a worker on each core,
-    where the client takes its share of both."""
-    if "mlp" in models:
-        yield table.ONE_MODEL, ("mlp",), where
-    if names := tuple(name for name in table.SCALED if name in models):
-        cores = [*where.server_cores, *where.client_cores]
-        yield table.TWO_CORES, names, Arrangement(where.seconds, cores, cores)
-
-
-def turns(peer: Peer, models: list[str]) -> list[tuple[str, ...]]:
-    mine = tuple(name for name in models if name in peer.models)
-    if peer.alone:
-        return [(name,) for name in mine]
-    return [mine] if mine else []
+def turns(plan: Plan, where: Arrangement) -> Iterator[list[Side]]:
+    """Who is judged by a ratio of a few times runs side by side, everyone else alone."""
+    models = tuple(plan.models)
+    both = Arrangement(where.seconds, *2 * [[*where.server_cores, *where.client_cores]])
+    compared = []
+    for peer in selected(plan.only):
+        mine = tuple(name for name in models if name in peer.models)
+        apart = [(name,) for name in mine] if peer.alone else [mine]
+        sides = [Side(peer.name, peer, names, where) for names in apart if names]
+        if peer.name in (OURS, BEST):
+            compared += sides
+        else:
+            yield from ([one] for one in sides)
+        if peer.name == OURS:
+            if names := tuple(name for name in table.SCALED if name in models):
+                compared.append(Side(table.TWO_CORES, peer, names, both))
+            if "mlp" in models:
+                yield [Side(table.ONE_MODEL, peer, ("mlp",), where)]
+    if compared:
+        yield compared
 
 
 def arrangement(plan: Plan) -> Arrangement:
@@ -175,6 +174,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the next run goes on from here"))
     run = begun(STATE, plan, commit(), bool(os.environ.get("AGAIN")))
     for record in work(run, where):
+        same = (record.round, record.server, record.names)
+        run.records = [one for one in run.records if (one.round, one.server, one.names) != same]
         run.records.append(record)
         STATE.write_bytes(msgspec.json.encode(run))
         told = record.failed or ", ".join(f"{c} {r:,.0f}" for c, r in record.rates.items())

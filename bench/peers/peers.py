@@ -15,6 +15,7 @@ from bench.peers.models import SHAPES
 SERVED = Path(__file__).with_name("served")
 MODELS = PEERS / "models"
 TOKEN = "bench-peers-token"  # noqa: S105 - of a server that lives for seconds on loopback
+OURS, FALLBACK, BEST = "ours", "ours-python", "triton-cpp"
 ROWS_MAX = 64
 WAIT_MAX_S = 0.001
 
@@ -140,7 +141,7 @@ def ours(front: str) -> Callable[[Turn], Start]:
 
 
 EVERYONE = [
-    Peer("triton-cpp", "Triton, C++ front and C++ onnxruntime backend", triton_with("onnxbench")),
+    Peer(BEST, "Triton, C++ front and C++ onnxruntime backend", triton_with("onnxbench")),
     Peer("triton-python", "Triton, C++ front, Python backend", triton_with("python")),
     Peer("pytriton", "PyTriton", pytriton),
     Peer("kserve", "KServe's Python server", script("kserve", "kserve_server.py")),
@@ -154,8 +155,8 @@ EVERYONE = [
     Peer("aio", "grpc.aio with uvloop, nothing around the model",
          script("aio", "aio.py", PYTHONPATH=str(ROOT))),
     Peer("grpc-echo", "a grpc++ echo", grpc_echo, wire="echo", models=("identity",)),
-    Peer("ours", "Leptonic", ours("native"), token=TOKEN),
-    Peer("ours-python", "Leptonic, pure Python", ours("python"), token=TOKEN),
+    Peer(OURS, "Leptonic", ours("native"), token=TOKEN),
+    Peer(FALLBACK, "Leptonic, pure Python", ours("python"), token=TOKEN),
 ]  # fmt: skip
 PYTHON_PEERS = ("pytriton", "kserve", "mlserver", "litserve", "bentoml", "ray")
 

@@ -1,7 +1,10 @@
-"""One turn of one server: every cell of the table, its memory, its latencies, its batches."""
+"""One turn: servers side by side, every cell of the table, their memory, latencies, batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import fmean, harmonic_mean, median
+from typing import NamedTuple
 
 import grpc
 import msgspec
@@ -9,7 +12,7 @@ import msgspec
 from bench.peers import load, servers, sink
 from bench.peers.environments import PEERS, Unavailable
 from bench.peers.models import Reference, on_core
-from bench.peers.peers import MODELS, Peer
+from bench.peers.peers import BEST, MODELS, OURS, Peer
 from bench.peers.wire import WIRES, Answer
 
 CELLS: dict[str, tuple[int, ...]] = {
@@ -19,10 +22,14 @@ CELLS: dict[str, tuple[int, ...]] = {
     "resnet": (8, 64),
 }
 """Model -> requests at once."""
-LATENCY_UNDER_LOAD = ("mlp", "cnn")
-TAILS_OF = ("triton-cpp", "ours")
+LATENCY_UNDER_LOAD = (("mlp", 64), ("cnn", 64))
+TAILS_OF = (BEST, OURS)
 """Whose p99 under load is compared."""
 FLOOR_S = 0.3
+BESIDE_FLOOR = "resnet"
+"""What is judged against onnxruntime in process."""
+SLICES = 3
+"""Of a cell of servers side by side."""
 SHARE_OF_ROWS_MIN = 0.01
 """A batch size that fewer of the rows went through is not timed for the floor."""
 
@@ -57,59 +64,135 @@ class Arrangement(msgspec.Struct, frozen=True):
     client_cores: Sequence[int]
 
 
-def turn(
-    number: int, peer: Peer, names: Sequence[str], where: Arrangement, label: str = ""
-) -> Record:
-    """`label`: what it is called in the records, when it is not the peer's ordinary turn."""
-    record = Record(round=number, server=label or peer.name, names=list(names))
+class Side(msgspec.Struct, frozen=True):
+    """A server in a turn, as it is called in the records."""
+
+    label: str
+    peer: Peer
+    names: tuple[str, ...]
+    where: Arrangement
+
+    def record(self, number: int) -> Record:
+        return Record(round=number, server=self.label, names=list(self.names))
+
+
+class Cell(NamedTuple):
+    name: str
+    concurrency: int
+
+    def __str__(self) -> str:
+        return f"{self.name} c{self.concurrency}"
+
+
+class Slice(NamedTuple):
+    """Of a cell: one run of the load."""
+
+    rate: float
+    client_share: float
+    p50_us: float
+    """0: not asked for."""
+    p99_us: float
+    floor: float
+    """Answers a second of onnxruntime in process right after, with the batches the server made."""
+
+
+class Running(NamedTuple):
+    side: Side
+    record: Record
+    server: servers.Server
+    spans: sink.Sink
+
+
+def turn(number: int, sides: Sequence[Side]) -> list[Record]:
+    """All of them run, and within a cell they are measured by turns, a few times: what the machine
+    has to give changes within a minute. In every other round it goes from the last to the first."""
+    records = [side.record(number) for side in sides]
+    with ExitStack() as stack:
+        running: list[Running] = []
+        for side, record in zip(sides, records, strict=True):
+            with failing(record):
+                running.append(started(stack, side, record))
+        if number % 2:
+            running.reverse()
+        for name, concurrencies in CELLS.items():
+            asked = [one for one in running if name in one.side.names]
+            targets = {one.side.label: target for one in asked for target in checked(one, name)}
+            for concurrency in concurrencies:
+                still = [one for one in asked if not one.record.failed]
+                beside(still, targets, Cell(name, concurrency))
+        for one in running:
+            one.record.pss_mb, one.record.rss_mb = servers.memory_mb(one.server.mark)
+            one.record.spans = one.spans.spans
+    return records
+
+
+@contextmanager
+def failing(record: Record) -> Iterator[None]:
+    """The record says why there is nothing in it."""
     try:
-        with (
-            sink.listening() as spans,
-            servers.serving(peer, names, where.server_cores, f"127.0.0.1:{spans.port}") as server,
-        ):
-            record.ready_s = server.ready_s
-            for name in names:
-                measure(record, peer, server, name, where)
-            record.pss_mb, record.rss_mb = servers.memory_mb(server.mark)
-            record.spans = spans.spans
+        yield
     except (Unavailable, servers.Wrong, OSError) as error:
         record.failed = f"{type(error).__name__.lower()}: {error}"
     except grpc.RpcError as error:
         record.failed = f"refused: {error}"
-    return record
 
 
-def measure(
-    record: Record, peer: Peer, server: servers.Server, name: str, where: Arrangement
-) -> None:
-    target = target_of(peer, server, name, servers.check(server.client, name))
-    for concurrency in CELLS[name]:
-        cell = f"{name} c{concurrency}"
-        counted = peer.token and name == "resnet" and len(where.server_cores) == 1
-        before = server.client.batches(name) if counted else {}
-        try:
-            one(record, cell, target, concurrency, where)
-        except load.Spoiled as error:
-            record.spoiled[cell] = str(error)
-            continue
-        if before:
-            after = server.client.batches(name)
-            runs = {rows: count - before.get(rows, 0) for rows, count in after.items()}
-            record.same_batches[cell] = floor_of(name, runs, where.server_cores[0])
+def started(stack: ExitStack, side: Side, record: Record) -> Running:
+    spans = stack.enter_context(sink.listening())
+    endpoint = f"127.0.0.1:{spans.port}"
+    serving = servers.serving(side.peer, side.names, side.where.server_cores, endpoint)
+    server = stack.enter_context(serving)
+    record.ready_s = server.ready_s
+    return Running(side, record, server, spans)
 
 
-def one(
-    record: Record, cell: str, target: load.Target, concurrency: int, where: Arrangement
-) -> None:
-    name = cell.split()[0]
-    found = load.run(target, concurrency, where.seconds, where.client_cores, log=concurrency == 1)
-    record.rates[cell] = found.rate
-    record.client_share[cell] = found.client_share
-    loaded = concurrency == max(CELLS[name]) and name in LATENCY_UNDER_LOAD
-    if loaded and record.server in TAILS_OF:
-        found = load.run(target, concurrency, where.seconds, where.client_cores, log=True)
-    if found.p50_us:
-        record.p50_us[cell], record.p99_us[cell] = found.p50_us, found.p99_us
+def checked(one: Running, name: str) -> Iterator[load.Target]:
+    """Where to send the load, unless an answer is wrong."""
+    with failing(one.record):
+        yield target_of(one.side.peer, one.server, name, servers.check(one.server.client, name))
+
+
+def beside(running: Sequence[Running], targets: dict[str, load.Target], cell: Cell) -> None:
+    """Measures one cell of all of them."""
+    slices: dict[str, list[Slice]] = {one.side.label: [] for one in running}
+    for _ in range(SLICES if len(running) > 1 else 1):
+        for one in running:
+            with failing(one.record):
+                try:
+                    slices[one.side.label].append(measured(one, targets[one.side.label], cell))
+                except load.Spoiled as error:
+                    one.record.spoiled[str(cell)] = str(error)
+    for one in running:
+        if str(cell) not in one.record.spoiled and not one.record.failed:
+            tell(one.record, str(cell), slices[one.side.label])
+
+
+def measured(one: Running, target: load.Target, cell: Cell) -> Slice:
+    """Raises `load.Spoiled`."""
+    where, ours = one.side.where, one.side.label == OURS
+    before = one.server.client.batches(cell.name) if ours else {}
+    found = load.run(
+        target, cell.concurrency, where.seconds, where.client_cores, log=cell.concurrency == 1
+    )
+    floor = 0.0
+    if ours and cell.name == BESIDE_FLOOR:
+        after = one.server.client.batches(cell.name)
+        runs = {rows: count - before.get(rows, 0) for rows, count in after.items()}
+        floor = floor_of(cell.name, runs, where.server_cores[0], where.seconds)
+    tails = found
+    if one.side.label in TAILS_OF and cell in LATENCY_UNDER_LOAD:
+        tails = load.run(target, cell.concurrency, where.seconds, where.client_cores, log=True)
+    return Slice(found.rate, found.client_share, tails.p50_us, tails.p99_us, floor)
+
+
+def tell(record: Record, cell: str, slices: Sequence[Slice]) -> None:
+    record.rates[cell] = harmonic_mean([one.rate for one in slices])
+    record.client_share[cell] = fmean(one.client_share for one in slices)
+    if slices[0].p50_us:
+        record.p50_us[cell] = median(one.p50_us for one in slices)
+        record.p99_us[cell] = median(one.p99_us for one in slices)
+    if slices[0].floor:
+        record.same_batches[cell] = harmonic_mean([one.floor for one in slices])
 
 
 def target_of(peer: Peer, server: servers.Server, name: str, answer: Answer) -> load.Target:
@@ -123,13 +206,15 @@ def body_of(peer: Peer, name: str) -> Path:
     return PEERS / "bodies" / f"{name}.{peer.wire}"
 
 
-def floor_of(name: str, runs: dict[int, int], core: int) -> float:
-    """Rows a second of onnxruntime in this process on that core, were these its batches."""
+def floor_of(name: str, runs: dict[int, int], core: int, seconds: float) -> float:
+    """Rows a second of onnxruntime in this process on that core, were these its batches; each
+    size is timed for its share of that many seconds."""
     total = sum(rows * count for rows, count in runs.items())
     counted = {r: n for r, n in runs.items() if r * n >= SHARE_OF_ROWS_MIN * total}
+    rows = sum(r * n for r, n in counted.items())
     reference = Reference(MODELS, name)
-    spent = sum(n * on_core(core, reference, r, FLOOR_S) for r, n in counted.items())
-    return sum(r * n for r, n in counted.items()) / spent
+    spent = sum(n * on_core(core, reference, r, seconds * r * n / rows) for r, n in counted.items())
+    return rows / spent
 
 
 def in_process(number: int, names: Sequence[str], where: Arrangement) -> Record:

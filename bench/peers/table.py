@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from bench.peers.peers import EVERYONE, PYTHON_PEERS
+from bench.peers.peers import BEST, EVERYONE, FALLBACK, OURS, PYTHON_PEERS
 from bench.peers.rounds import CELLS, Record
 
-OURS, FALLBACK, BEST = "ours", "ours-python", "triton-cpp"
 ONE_MODEL, TWO_CORES = "ours with one model", "ours on two cores"
 OWN = (OURS, FALLBACK, ONE_MODEL, TWO_CORES)
 SCALED = ("cnn", "resnet")
