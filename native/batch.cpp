@@ -114,12 +114,14 @@ void Batch::answer(std::vector<OutputView> views) {
 void Batch::fail(int code, const std::string& text) {
   assert(!is_over_);
   is_over_ = true;
+  home_->over(size());
   home_->fail(requests_, code, text);
 }
 
 std::vector<std::unique_ptr<Batch>> Batch::split() {
   assert(!is_over_);
   is_over_ = true;
+  home_->parted(size());
   std::vector<std::unique_ptr<Batch>> parts;
   for (auto& request : requests_) {
     Requests alone;

@@ -213,8 +213,19 @@ void Batcher::count(const Requests& requests, int64_t rows, int64_t taken_ns, co
   std::lock_guard held(lock_);
   int64_t ended_ns = tally_.answered(arrived, rows, taken_ns, spent);
   int64_t took_ns = ended_ns - taken_ns;
+  line_.over(static_cast<int64_t>(requests.size()));
   line_.answered(static_cast<int64_t>(requests.size()), took_ns, ended_ns);
   pace_ns_ += (took_ns - pace_ns_) / (pace_ns_ > 0 ? kPaceShare : 1);
+}
+
+void Batcher::over(size_t requests) {
+  std::lock_guard held(lock_);
+  line_.over(static_cast<int64_t>(requests));
+}
+
+void Batcher::parted(size_t parts) {
+  std::lock_guard held(lock_);
+  line_.parted(static_cast<int64_t>(parts));
 }
 
 void Batcher::fail(const Requests& requests, int code, const std::string& text) {

@@ -157,6 +157,9 @@ class Batcher : public std::enable_shared_from_this<Batcher> {
   Tally tally(int64_t& waiting);
 
   void count(const Requests& requests, int64_t rows, int64_t taken_ns, const Spent& spent);
+  // Of a taken batch that is not counted.
+  void over(size_t requests);
+  void parted(size_t parts);
   // Counts, and answers those from the wire.
   void fail(const Requests& requests, int code, const std::string& text);
   void deliver(std::vector<Mail>& mails) { mailbox_->post(mails); }

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kNsInUs = 1000;
 constexpr int64_t kBackShare = 16;  // of what a batch took: so long those answered may take to ask again
 constexpr int64_t kBackNsMin = 100'000, kBackNsMax = 5'000'000;
+constexpr int64_t kPartMin = 8;  // so many requests are one batch however many runners there are
 constexpr uint64_t kDelayed = uint64_t{1} << 32;  // behind all priorities
 
 int64_t sooner(int64_t one, int64_t other) {
@@ -51,7 +52,13 @@ bool Line::join(uint64_t key, int64_t rows, uint64_t kind, int64_t now_ns, int64
   return true;
 }
 
+void Line::over(int64_t requests) {
+  --running_;
+  running_requests_ -= requests;
+}
+
 void Line::answered(int64_t requests, int64_t took_ns, int64_t now_ns) {
+  took_ns_ = took_ns;
   int64_t patience_ns = std::min(took_ns / kBackShare, kBackNsMax);
   if (patience_ns < kBackNsMin) return;
   back_ = requests + (now_ns < back_ns_ ? back_ : 0);
@@ -87,6 +94,8 @@ void Line::take(int64_t now_ns, Turn& turn, int runners) {
   cut(turn.batch);
   share(turn.batch, runners);
   remove(turn.batch);
+  ++running_;
+  running_requests_ += static_cast<int64_t>(turn.batch.size());
 }
 
 std::vector<void*> Line::dissolve() {
@@ -105,6 +114,7 @@ int64_t Line::wait_ns(int64_t now_ns) const {
   const Place& head = levels_.begin()->second.front();
   int64_t wait = (is_back_soon ? back_ns_ : head.arrived_ns + limits_.max_queue_delay_ns) - now_ns;
   if (wait <= 0 || is_enough(head.kind)) return 0;
+  if (is_shared() && waiting_ >= part(1)) return 0;
   for (auto& [_, row] : levels_)
     for (auto& place : row) wait = std::min(wait, place.expiry_ns() - now_ns);
   return std::max<int64_t>(1, wait);
@@ -146,18 +156,26 @@ void Line::cut(std::vector<Place>& batch) const {
   }
 }
 
-// Runners that have nothing to do get as much each, unless there is enough for whole batches or
-// batches of a size are asked for.
+// Runners that have nothing to do get as much each, unless there is enough for whole batches, or
+// batches are quick, or of a size that is asked for. While others run, as much is left for the next.
 void Line::share(std::vector<Place>& batch, int runners) const {
-  bool is_all = waiting_ == static_cast<int64_t>(batch.size());
-  if (runners < 2 || !is_all || !is_free_) return;
-  int64_t rows = 0;
+  if (!is_free_) return;
+  int64_t rows = 0, size = static_cast<int64_t>(batch.size());
   for (auto& place : batch) rows += place.rows;
-  int64_t most = (rows + runners - 1) / runners;
-  while (batch.size() > 1 && rows > most) {
+  bool whole = waiting_ > size || (0 < took_ns_ && took_ns_ < kSlowNsMin);
+  int64_t most_rows = !whole ? (rows + runners - 1) / runners : rows;
+  int64_t most = is_shared() ? part(runners) : size;
+  while (batch.size() > 1 && (rows > most_rows || size > most)) {
     rows -= batch.back().rows;
+    --size;
     batch.pop_back();
   }
+}
+
+// Half of what comes to each runner, of all requests that are known of.
+int64_t Line::part(int runners) const {
+  int64_t everyone = waiting_ + running_requests_ + back_, parts = 2 * (runners + running_);
+  return std::max(kPartMin, (everyone + parts - 1) / parts);
 }
 
 // `batch` lies in the line in the same order, mostly at its very front.

@@ -22,6 +22,9 @@ struct Limits {
   bool delay_late = false;  // timeout_action DELAY, else REJECT
 };
 
+// Quicker batches cost about as much to hand out as to run: they are not made smaller.
+constexpr int64_t kSlowNsMin = 150'000;
+
 // A request's place in the line. Times of 0 are none.
 struct Place {
   uint64_t key;
@@ -60,6 +63,9 @@ class Line {
             int64_t timeout_us, uint64_t priority, void* request = nullptr);
   // A batch of so many, which took so long.
   void answered(int64_t requests, int64_t took_ns, int64_t now_ns);
+  // A batch of so many that was taken is answered or failed; or it goes on as so many.
+  void over(int64_t requests);
+  void parted(int64_t parts) { running_ += parts - 1; }
   // What was given with it; nullptr when it is not in line.
   void* leave(uint64_t key);
   // `runners`: those who have nothing to do.
@@ -76,6 +82,8 @@ class Line {
   int64_t timeout_ns(int64_t now_ns, int64_t timeout_us) const;
   uint64_t level(uint64_t priority) const;
   void share(std::vector<Place>& batch, int runners) const;
+  bool is_shared() const { return is_free_ && running_ > 0 && took_ns_ >= kSlowNsMin; }
+  int64_t part(int runners) const;
   void expire(int64_t now_ns, Turn& turn);
   int64_t wait_ns(int64_t now_ns) const;
   bool is_enough(uint64_t kind) const;
@@ -88,6 +96,8 @@ class Line {
   bool is_free_ = true;  // how long to wait for more is left to this line
   int64_t back_ = 0;     // how many of those answered may ask again until back_ns_
   int64_t back_ns_ = 0;
+  int64_t running_ = 0, running_requests_ = 0;  // batches that were taken and are not over
+  int64_t took_ns_ = 0;  // the batch that was answered last; 0: none was
   std::map<uint64_t, Row> levels_;  // priority -> in order of arrival; no empty ones
   int64_t waiting_ = 0;
   uint64_t arrivals_ = 0;

@@ -167,6 +167,8 @@ NB_MODULE(leptonic_native, module) {
         return line.join(key, rows, kind, now_ns, deadline_ns, timeout_us, priority);
       }, "key"_a, "rows"_a, "kind"_a, "now_ns"_a, "deadline_ns"_a = 0, "timeout_us"_a = 0, "priority"_a = 0)
       .def("answered", &Line::answered, "requests"_a, "took_ns"_a, "now_ns"_a)
+      .def("over", &Line::over, "requests"_a)
+      .def("parted", &Line::parted, "parts"_a)
       .def("leave", [](Line& line, uint64_t key) { line.leave(key); })
       .def("take", &take_turn, "now_ns"_a, "runners"_a = 1)
       .def_prop_ro("waiting", &Line::waiting);

@@ -4,8 +4,12 @@ The order is (priority, arrival). The head of it is in every batch, so nobody st
 shapes; those of its kind follow until the next would be too many. A batch waits for more only while
 `max_queue_delay_microseconds` of its head are left and more could help: not once it holds
 `max_batch_size` rows, the next one of its kind does not fit, or a preferred size is reached (it is
-then cut to the largest one). Where batches are worth no wait (neither a delay nor preferred sizes),
-all that waits is shared among the runners that have nothing to do.
+then cut to the largest one).
+
+Where batches are worth no wait (neither a delay nor preferred sizes), the runners that have nothing
+to do share all that waits, unless one is done with it before another has woken up. While others run
+slow batches, who takes leaves as much in line as it takes: when its batch is done, those whom it
+has answered are still on their way, and there is something to go on with.
 
 Who was just answered may well ask again at once. So after a slow batch the next one waits for as
 many to join as were answered, a small part of the time that the batch took. Eight callers of a slow
@@ -36,6 +40,10 @@ BACK_SHARE = 16
 """Of the time that a batch took: so long those whom it answered may take to ask again."""
 BACK_NS_MIN, BACK_NS_MAX = 100_000, 5_000_000
 """Less is not worth a timer, which is 50 us late; who is not back by then is not coming back."""
+SLOW_NS_MIN = 150_000
+"""Quicker batches cost about as much to hand out as to run: they are not made smaller."""
+PART_MIN = 8
+"""So many requests are one batch however many runners there are."""
 STALE_MAX = 64
 """Expiries of requests that have left already which are kept beside those that count."""
 
@@ -84,6 +92,11 @@ class Line:
         self.back = 0
         """How many of those answered may ask again until `back_ns`."""
         self.back_ns = 0
+        self.running = 0
+        """Batches that were taken and are not over."""
+        self.running_requests = 0
+        self.took_ns = 0
+        """The batch that was answered last."""
         self.configure(limits)
 
     def configure(self, limits: Batching) -> None:
@@ -131,10 +144,20 @@ class Line:
 
     def answered(self, requests: int, took_ns: int, now_ns: int) -> None:
         """A batch of so many, which took so long."""
+        self.took_ns = took_ns
         patience_ns = min(took_ns // BACK_SHARE, BACK_NS_MAX)
         if patience_ns >= BACK_NS_MIN:
             self.back = requests + (self.back if now_ns < self.back_ns else 0)
             self.back_ns = max(self.back_ns, now_ns + patience_ns)
+
+    def over(self, requests: int) -> None:
+        """A batch of so many that was taken is answered or failed."""
+        self.running -= 1
+        self.running_requests -= requests
+
+    def parted(self, parts: int) -> None:
+        """A batch that was taken goes on as so many."""
+        self.running += parts - 1
 
     def take(self, now_ns: int, runners: int = 1) -> Turn:
         """`runners`: those who have nothing to do, the one that asks among them."""
@@ -145,6 +168,8 @@ class Line:
         batch = self.shared(self.cut(self.gather()), runners)
         for item in batch:
             self.remove(item)
+        self.running += 1
+        self.running_requests += len(batch)
         return Turn([item.key for item in batch], late, 0)
 
     def wait_ns(self, now_ns: int) -> int:
@@ -155,6 +180,8 @@ class Line:
         due_ns = self.back_ns if self.is_free and self.back else head.arrived_ns + self.delay_ns
         wait_ns = due_ns - now_ns
         if wait_ns <= 0 or self.rows[head.kind] >= self.enough_rows:
+            return 0
+        if self.is_shared and len(self.items) >= self.part(1):
             return 0
         if self.expiries:
             wait_ns = min(wait_ns, self.expiries[0][0] - now_ns)
@@ -185,11 +212,25 @@ class Line:
         return batch[: max(1, bisect_right(sums, max(reached)))] if reached else batch
 
     def shared(self, batch: list[Item], runners: int) -> list[Item]:
-        """All that waits, among those who have nothing to do; unless batches are worth a wait."""
-        if runners < 2 or len(batch) < len(self.items) or not self.is_free:
+        """What is left for others, and for the next batch; unless batches are worth a wait."""
+        if not self.is_free:
             return batch
         sums = list(accumulate(item.rows for item in batch))
-        return batch[: max(1, bisect_right(sums, -(-sums[-1] // runners)))]
+        whole = len(batch) < len(self.items) or 0 < self.took_ns < SLOW_NS_MIN
+        most = len(batch) if whole else bisect_right(sums, -(-sums[-1] // runners))
+        if self.is_shared:
+            most = min(most, self.part(runners))
+        return batch[: max(1, most)]
+
+    @property
+    def is_shared(self) -> bool:
+        """Other runners are at slow batches."""
+        return self.is_free and self.running > 0 and self.took_ns >= SLOW_NS_MIN
+
+    def part(self, runners: int) -> int:
+        """Half of what comes to each runner, of all requests that are known of."""
+        everyone = len(self.items) + self.running_requests + self.back
+        return max(PART_MIN, -(-everyone // (2 * (runners + self.running))))
 
     def expire(self, now_ns: int) -> list[tuple[int, bool]]:
         late = []

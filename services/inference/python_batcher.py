@@ -172,11 +172,13 @@ class PythonBatch:
     def fail(self, code: int, text: str) -> None:
         assert not self.is_over
         self.is_over = True
+        self.home.over(self.size)
         self.home.fail(self.requests, code, text)
 
     def split(self) -> list[Batch]:
         assert not self.is_over
         self.is_over = True
+        self.home.parted(self.size)
         return [PythonBatch(self.home, [request], self.taken_ns) for request in self.requests]
 
 
@@ -318,6 +320,14 @@ class PythonBatcher:
         else:
             self.fail([request], UNAVAILABLE, "Request timeout expired")
 
+    def over(self, requests: int) -> None:
+        with self.lock:
+            self.line.over(requests)
+
+    def parted(self, parts: int) -> None:
+        with self.lock:
+            self.line.parted(parts)
+
     def fail(self, requests: Sequence[Request], code: int, text: str) -> None:
         now_ns = time.monotonic_ns()
         with self.lock:
@@ -344,6 +354,7 @@ class PythonBatcher:
         with self.lock:
             arrived_ns = [request.arrived_ns for request in requests]
             ended_ns = self.tally.answered(arrived_ns, rows, taken_ns, spent_ns)
+            self.line.over(len(requests))
             self.line.answered(len(requests), ended_ns - taken_ns, ended_ns)
 
     def close(self) -> None:

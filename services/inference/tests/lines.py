@@ -28,6 +28,8 @@ class AnyLine(Protocol):
         priority: int = 0,
     ) -> bool: ...
     def answered(self, requests: int, took_ns: int, now_ns: int) -> None: ...
+    def over(self, requests: int) -> None: ...
+    def parted(self, parts: int) -> None: ...
     def leave(self, key: int) -> None: ...
     def take(self, now_ns: int, runners: int = 1) -> Turn: ...
 
@@ -58,6 +60,11 @@ class Answer(NamedTuple):
     took_us: int
 
 
+class Over(NamedTuple):
+    which: int
+    """Of the batches that run, counted round and round."""
+
+
 class Pass(NamedTuple):
     us: int
 
@@ -66,17 +73,18 @@ class Configure(NamedTuple):
     limits: Batching
 
 
-Step = Join | Leave | Take | Answer | Pass | Configure
+Step = Join | Leave | Take | Answer | Over | Pass | Configure
 
 
 @st.composite
 def limits(draw: st.DrawFn) -> Batching:
-    size, levels = draw(st.integers(1, 8)), draw(st.integers(0, MAX_LEVELS))
+    size = draw(st.sampled_from([*range(1, 9), 64]))
+    levels = draw(st.integers(0, MAX_LEVELS))
     return Batching(
         max_batch_size=size,
         preferred_batch_size=tuple(draw(st.lists(st.integers(1, size), max_size=2))),
         max_queue_delay_microseconds=draw(st.sampled_from([0, 0, 3, 20])),
-        max_queue_size=draw(st.integers(1, 12)),
+        max_queue_size=draw(st.sampled_from([*range(1, 13), 64])),
         priority_levels=levels,
         default_priority_level=draw(st.integers(0, levels)),
         default_timeout_microseconds=draw(st.sampled_from([0, 0, 5])),
@@ -85,7 +93,7 @@ def limits(draw: st.DrawFn) -> Batching:
     )
 
 
-TOOK_US = (50, 3_100, 3_200, 9_600, 1_000_000)
+TOOK_US = (50, 149, 150, 3_100, 3_200, 9_600, 1_000_000)
 soon_us = st.sampled_from([0, 0, 0, 1, 4, 9, 30])
 joins = st.builds(
     Join,
@@ -95,20 +103,22 @@ joins = st.builds(
     timeout_us=soon_us,
     priority=st.integers(0, MAX_LEVELS + 1),
 )
-steps: st.SearchStrategy[list[Step]] = st.lists(
-    st.one_of(
-        joins,
-        joins,
-        joins,
-        st.builds(Take, runners=st.integers(1, 4)),
-        st.builds(Pass, us=st.integers(1, 12)),
-        st.builds(Pass, us=st.sampled_from([90, 400, 6000])),
-        st.builds(Answer, requests=st.integers(1, 3), took_us=st.sampled_from(TOOK_US)),
-        st.builds(Leave, which=st.integers(0, 30)),
-        st.builds(Configure, limits=limits()),
-    ),
-    max_size=60,
+one: st.SearchStrategy[Step] = st.one_of(
+    joins,
+    joins,
+    joins,
+    st.builds(Take, runners=st.integers(1, 4)),
+    st.builds(Pass, us=st.integers(1, 12)),
+    st.builds(Pass, us=st.sampled_from([90, 400, 6000])),
+    st.builds(Answer, requests=st.integers(1, 3), took_us=st.sampled_from(TOOK_US)),
+    st.builds(Over, which=st.integers(0, 30)),
+    st.builds(Leave, which=st.integers(0, 30)),
+    st.builds(Configure, limits=limits()),
 )
+crowds: st.SearchStrategy[list[Step]] = st.integers(9, 40).map(lambda count: [Join(1)] * count)
+steps: st.SearchStrategy[list[Step]] = st.lists(
+    st.one_of(*[one.map(lambda step: [step])] * 9, crowds), max_size=60
+).map(lambda parts: [step for part in parts for step in part])
 
 
 class NativeLine:
@@ -120,6 +130,8 @@ class NativeLine:
         self.line = leptonic_native.Line(**native_limits(given))
         self.join = self.line.join
         self.answered = self.line.answered
+        self.over = self.line.over
+        self.parted = self.line.parted
         self.leave = self.line.leave
 
     @property

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 from libs.contracts.pipeline import Batching
-from services.inference.line import BACK_NS_MIN, BACK_SHARE, STALE_MAX, Line, Turn
+from services.inference.line import BACK_NS_MIN, BACK_SHARE, SLOW_NS_MIN, STALE_MAX, Line, Turn
 from services.inference.tests.lines import (
     LINES,
     US,
@@ -15,6 +15,7 @@ from services.inference.tests.lines import (
     Join,
     Leave,
     Make,
+    Over,
     Pass,
     Step,
     Take,
@@ -46,6 +47,7 @@ def test_every_step_of_any_walk_keeps_every_rule(
 def test_both_lines_decide_the_same_at_every_step(given_limits: Batching, walk: list[Step]) -> None:
     lines: list[AnyLine] = [Line(given_limits), native(given_limits)]
     now_ns = joined = 0
+    running: list[int] = []
     current = given_limits
     for step in walk:
         match step:
@@ -61,6 +63,11 @@ def test_both_lines_decide_the_same_at_every_step(given_limits: Batching, walk: 
             case Take(runners):
                 turns = [line.take(now_ns, runners) for line in lines]
                 assert turns[0] == turns[1]
+                running += [len(turns[0].batch)] if turns[0].batch else []
+            case Over(which) if running:
+                requests = running.pop(which % len(running))
+                for line in lines:
+                    line.over(requests)
             case Answer(requests, took_us):
                 for line in lines:
                     line.answered(requests, took_us * US, now_ns)
@@ -102,6 +109,62 @@ def test_runners_that_have_nothing_to_do_share_what_waits(make: Make) -> None:
     assert [line.take(9, left).batch for left in (3, 2, 1)] == [[1, 2, 3], [4, 5], [6, 7]]
     line = joined(make, Batching(), Join(5), Join(1))
     assert [line.take(9, 2).batch for _ in range(2)] == [[1], [2]]
+
+
+@both
+def test_while_others_are_at_slow_batches_as_much_is_left_for_the_next(make: Make) -> None:
+    line = joined(make, Batching(), *[Join(1)] * 64)
+    line.answered(1, SLOW_NS_MIN, 64)
+    assert [len(line.take(64, runners).batch) for runners in (2, 1)] == [32, 16]
+    line.over(32)
+    line.answered(32, SLOW_NS_MIN, 64)
+    assert len(line.take(64).batch) == 8
+    assert len(line.take(64).batch) == 8
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "waiting", "took_ns", "taken"),
+    [
+        (Batching(), 40, SLOW_NS_MIN - 1, 40),
+        (Batching(), 8, SLOW_NS_MIN, 8),
+        (Batching(preferred_batch_size=(32,)), 40, SLOW_NS_MIN, 32),
+        (Batching(), 40, SLOW_NS_MIN, 11),
+    ],
+    ids=["too quick a batch", "few", "a size is asked for", "else"],
+)
+def test_what_costs_more_in_parts_is_taken_whole_while_others_run(
+    make: Make, given: Batching, waiting: int, took_ns: int, taken: int
+) -> None:
+    line = joined(make, given, Join(1))
+    assert line.take(1).batch == [1]
+    line.answered(1, took_ns, 2)
+    for key in range(waiting):
+        assert line.join(2 + key, 1, 0, 3)
+    assert len(line.take(3).batch) == taken
+
+
+@both
+def test_a_batch_in_parts_runs_until_the_last_is_over(make: Make) -> None:
+    line = joined(make, Batching(), *[Join(1)] * 40)
+    line.answered(1, SLOW_NS_MIN, 40)
+    assert len(line.take(40, 4).batch) == 10
+    line.parted(10)
+    for _ in range(9):
+        line.over(1)
+    assert len(line.take(41).batch) == 8
+    line.over(1)
+    assert len(line.take(41).batch) == 8
+
+
+@both
+@pytest.mark.parametrize(("took_ns", "taken"), [(SLOW_NS_MIN - 1, 6), (SLOW_NS_MIN, 3)])
+def test_what_is_done_before_another_runner_has_woken_up_is_not_shared(
+    make: Make, took_ns: int, taken: int
+) -> None:
+    line = joined(make, Batching(), *[Join(1)] * 6)
+    line.answered(1, took_ns, 6)
+    assert len(line.take(6, 2).batch) == taken
 
 
 @both

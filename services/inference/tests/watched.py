@@ -3,7 +3,15 @@
 from typing import NamedTuple
 
 from libs.contracts.pipeline import Batching
-from services.inference.line import BACK_NS_MAX, BACK_NS_MIN, BACK_SHARE, DELAYED, Turn
+from services.inference.line import (
+    BACK_NS_MAX,
+    BACK_NS_MIN,
+    BACK_SHARE,
+    DELAYED,
+    PART_MIN,
+    SLOW_NS_MIN,
+    Turn,
+)
 from services.inference.tests.lines import (
     US,
     Answer,
@@ -11,6 +19,7 @@ from services.inference.tests.lines import (
     Configure,
     Join,
     Leave,
+    Over,
     Pass,
     Step,
     Take,
@@ -47,6 +56,9 @@ class Watched:
         """Keys that left in any way."""
         self.back, self.back_ns = 0, 0
         """Who may ask again, and until when."""
+        self.running: list[int] = []
+        """Requests of each batch that runs."""
+        self.took_ns = 0
 
     def step(self, step: Step) -> None:
         match step:
@@ -58,6 +70,8 @@ class Watched:
                 self.take(runners)
             case Answer(requests, took_us):
                 self.answer(requests, took_us * US)
+            case Over(which) if self.running:
+                self.line.over(self.running.pop(which % len(self.running)))
             case Pass(us):
                 self.now_ns += us * US
             case Configure(given):
@@ -87,6 +101,7 @@ class Watched:
 
     def answer(self, requests: int, took_ns: int) -> None:
         self.line.answered(requests, took_ns, self.now_ns)
+        self.took_ns = took_ns
         if took_ns // BACK_SHARE >= BACK_NS_MIN:
             until_ns = self.now_ns + min(took_ns // BACK_SHARE, BACK_NS_MAX)
             if self.back_ns <= self.now_ns:
@@ -115,6 +130,7 @@ class Watched:
         self.check_late(turn)
         if turn.batch:
             self.check_batch(turn, runners)
+            self.running.append(len(turn.batch))
         else:
             self.check_wait(turn)
         self.there = [one for one in self.there if one.key not in turn.batch]
@@ -148,7 +164,8 @@ class Watched:
         assert turn.wait_ns == 0
         equals = self.equals()
         is_full = sum(one.rows for one in equals) >= self.limits.max_batch_size
-        assert is_full or not (self.is_free and self.back and self.now_ns < self.back_ns)
+        is_enough = is_full or len(self.there) >= self.part(1)
+        assert is_enough or not (self.is_free and self.back and self.now_ns < self.back_ns)
         assert turn.batch == [one.key for one in equals[: len(turn.batch)]]
         rows = [one.rows for one in equals]
         count, size = len(turn.batch), self.limits.max_batch_size
@@ -159,9 +176,12 @@ class Watched:
             assert count == 1 or sum(rows[:count]) <= max(preferred)
             assert count == most or sum(rows[: count + 1]) > max(preferred)
         else:
-            share = self.share(sum(rows[:most]), runners) if most == len(self.there) else size
-            assert count == 1 or sum(rows[:count]) <= share
-            assert count == most or sum(rows[: count + 1]) > share
+            is_quick = 0 < self.took_ns < SLOW_NS_MIN
+            is_shared = most == len(self.there) and not is_quick
+            share = self.share(sum(rows[:most]), runners) if is_shared else size
+            part = self.part(runners)
+            assert count == 1 or (sum(rows[:count]) <= share and count <= part)
+            assert count in (most, part) or sum(rows[: count + 1]) > share
 
     @property
     def is_free(self) -> bool:
@@ -172,6 +192,13 @@ class Watched:
         """Of each runner that has nothing to do, where a batch waits for nothing better."""
         return -(-rows // runners) if self.is_free else max(rows, 1)
 
+    def part(self, runners: int) -> float:
+        """Requests that one batch may take while others run slow ones: half a runner's share."""
+        if not self.is_free or not self.running or self.took_ns < SLOW_NS_MIN:
+            return float("inf")
+        everyone = len(self.there) + sum(self.running) + self.back
+        return max(PART_MIN, -(-everyone // (2 * (runners + len(self.running)))))
+
     def check_wait(self, turn: Turn) -> None:
         """It waits only for what could make the batch better, and not past anybody's time."""
         if not self.there:
@@ -180,6 +207,7 @@ class Watched:
         equals = self.equals()
         enough = min(self.limits.preferred_batch_size, default=self.limits.max_batch_size)
         assert sum(one.rows for one in equals) < enough
+        assert len(self.there) < self.part(1)
         due_ns = equals[0].arrived_ns + self.limits.max_queue_delay_microseconds * US
         if self.is_free and self.back:
             due_ns = self.back_ns
