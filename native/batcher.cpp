@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kNsInMs = 1'000'000;
 constexpr int64_t kQuickNs = 300'000;  // a batch: so long the sockets may wait for its runner
 constexpr int64_t kQuickAloneNs = 3'000'000;  // where nobody else is asked
-constexpr int64_t kPaceShare = 8;      // of the latest batch: an eighth
 constexpr int64_t kAwayPaces = 2;
 
 Limits within(Limits limits, const Lane& lane) {
@@ -143,7 +142,7 @@ bool Batcher::take(std::unique_ptr<Batch>& batch, std::vector<Refused>& late) {
       if (std::exchange(steers, false)) helm_->hand_over();
       rest(held, turn_.wait_ns);
     }
-    if (steers) is_quick() ? helm_->leave(kAwayPaces * pace_ns_) : helm_->hand_over();
+    if (steers) is_quick() ? helm_->leave(kAwayPaces * line_.pace_ns()) : helm_->hand_over();
     if (turn_.batch.empty() && turn_.late.empty()) return false;
     taken.reserve(turn_.batch.size());
     for (const Place& place : turn_.batch) taken.push_back(owned(place.request));
@@ -170,8 +169,9 @@ Refused Batcher::refused(const Late& late, int64_t now_ns) const {
 
 // As far as it is known: whoever has run the last batches is back so soon.
 bool Batcher::is_quick() const {
-  if (pace_ns_ == 0 || line_.limits().max_queue_delay_ns > 0) return false;
-  return pace_ns_ <= kQuickNs || (pace_ns_ <= kQuickAloneNs && helm_->is_of_one());
+  int64_t pace_ns = line_.pace_ns();
+  if (pace_ns == 0 || line_.limits().max_queue_delay_ns > 0) return false;
+  return pace_ns <= kQuickNs || (pace_ns <= kQuickAloneNs && helm_->is_of_one());
 }
 
 // A turn over the sockets. False: it is not at the helm any more.
@@ -212,10 +212,8 @@ void Batcher::count(const Requests& requests, int64_t rows, int64_t taken_ns, co
   for (auto& request : requests) arrived.push_back(request->arrived_ns);
   std::lock_guard held(lock_);
   int64_t ended_ns = tally_.answered(arrived, rows, taken_ns, spent);
-  int64_t took_ns = ended_ns - taken_ns;
   line_.over(static_cast<int64_t>(requests.size()));
-  line_.answered(static_cast<int64_t>(requests.size()), took_ns, ended_ns);
-  pace_ns_ += (took_ns - pace_ns_) / (pace_ns_ > 0 ? kPaceShare : 1);
+  line_.answered(static_cast<int64_t>(requests.size()), ended_ns - taken_ns, ended_ns);
 }
 
 void Batcher::over(size_t requests) {

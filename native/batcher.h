@@ -181,7 +181,6 @@ class Batcher : public std::enable_shared_from_this<Batcher> {
   uint64_t tickets_ = 0;
   int idle_ = 0;  // runners that look again when `changed_` says so
   int steers_ = 0;  // runners at the helm, or on their way from it: the next may have it already
-  int64_t pace_ns_ = 0;  // of a batch, the latest count most; 0: none was answered yet
   bool closed_ = false;
 };
 

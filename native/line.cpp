@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kNsInUs = 1000;
 constexpr int64_t kBackShare = 16;  // of what a batch took: so long those answered may take to ask again
 constexpr int64_t kBackNsMin = 100'000, kBackNsMax = 5'000'000;
+constexpr int kPaceBits = 3;  // of the pace of batches the latest is an eighth
 constexpr int64_t kPartMin = 8;  // so many requests are one batch however many runners there are
 constexpr uint64_t kDelayed = uint64_t{1} << 32;  // behind all priorities
 
@@ -58,7 +59,8 @@ void Line::over(int64_t requests) {
 }
 
 void Line::answered(int64_t requests, int64_t took_ns, int64_t now_ns) {
-  took_ns_ = took_ns;
+  int64_t change_ns = took_ns - pace_ns_;
+  pace_ns_ += pace_ns_ == 0 ? change_ns : change_ns >> kPaceBits;
   int64_t patience_ns = std::min(took_ns / kBackShare, kBackNsMax);
   if (patience_ns < kBackNsMin) return;
   back_ = requests + (now_ns < back_ns_ ? back_ : 0);
@@ -162,7 +164,7 @@ void Line::share(std::vector<Place>& batch, int runners) const {
   if (!is_free_) return;
   int64_t rows = 0, size = static_cast<int64_t>(batch.size());
   for (auto& place : batch) rows += place.rows;
-  bool whole = waiting_ > size || (0 < took_ns_ && took_ns_ < kSlowNsMin);
+  bool whole = waiting_ > size || (0 < pace_ns_ && pace_ns_ < kSlowNsMin);
   int64_t most_rows = !whole ? (rows + runners - 1) / runners : rows;
   int64_t most = is_shared() ? part(runners) : size;
   while (batch.size() > 1 && (rows > most_rows || size > most)) {

@@ -73,6 +73,7 @@ class Line {
   // Everybody's, in order; nobody waits any more.
   std::vector<void*> dissolve();
   int64_t waiting() const { return waiting_; }
+  int64_t pace_ns() const { return pace_ns_; }
   const Limits& limits() const { return limits_; }
 
  private:
@@ -82,7 +83,7 @@ class Line {
   int64_t timeout_ns(int64_t now_ns, int64_t timeout_us) const;
   uint64_t level(uint64_t priority) const;
   void share(std::vector<Place>& batch, int runners) const;
-  bool is_shared() const { return is_free_ && running_ > 0 && took_ns_ >= kSlowNsMin; }
+  bool is_shared() const { return is_free_ && running_ > 0 && pace_ns_ >= kSlowNsMin; }
   int64_t part(int runners) const;
   void expire(int64_t now_ns, Turn& turn);
   int64_t wait_ns(int64_t now_ns) const;
@@ -97,7 +98,7 @@ class Line {
   int64_t back_ = 0;     // how many of those answered may ask again until back_ns_
   int64_t back_ns_ = 0;
   int64_t running_ = 0, running_requests_ = 0;  // batches that were taken and are not over
-  int64_t took_ns_ = 0;  // the batch that was answered last; 0: none was
+  int64_t pace_ns_ = 0;  // of a batch, those answered last count most; 0: none was
   std::map<uint64_t, Row> levels_;  // priority -> in order of arrival; no empty ones
   int64_t waiting_ = 0;
   uint64_t arrivals_ = 0;

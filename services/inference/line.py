@@ -40,6 +40,8 @@ BACK_SHARE = 16
 """Of the time that a batch took: so long those whom it answered may take to ask again."""
 BACK_NS_MIN, BACK_NS_MAX = 100_000, 5_000_000
 """Less is not worth a timer, which is 50 us late; who is not back by then is not coming back."""
+PACE_SHARE = 8
+"""Of the pace of batches the latest is an eighth."""
 SLOW_NS_MIN = 150_000
 """Quicker batches cost about as much to hand out as to run: they are not made smaller."""
 PART_MIN = 8
@@ -95,8 +97,8 @@ class Line:
         self.running = 0
         """Batches that were taken and are not over."""
         self.running_requests = 0
-        self.took_ns = 0
-        """The batch that was answered last."""
+        self.pace_ns = 0
+        """Of a batch, those answered last count most; 0: none was."""
         self.configure(limits)
 
     def configure(self, limits: Batching) -> None:
@@ -144,7 +146,7 @@ class Line:
 
     def answered(self, requests: int, took_ns: int, now_ns: int) -> None:
         """A batch of so many, which took so long."""
-        self.took_ns = took_ns
+        self.pace_ns += (took_ns - self.pace_ns) // (PACE_SHARE if self.pace_ns else 1)
         patience_ns = min(took_ns // BACK_SHARE, BACK_NS_MAX)
         if patience_ns >= BACK_NS_MIN:
             self.back = requests + (self.back if now_ns < self.back_ns else 0)
@@ -216,7 +218,7 @@ class Line:
         if not self.is_free:
             return batch
         sums = list(accumulate(item.rows for item in batch))
-        whole = len(batch) < len(self.items) or 0 < self.took_ns < SLOW_NS_MIN
+        whole = len(batch) < len(self.items) or 0 < self.pace_ns < SLOW_NS_MIN
         most = len(batch) if whole else bisect_right(sums, -(-sums[-1] // runners))
         if self.is_shared:
             most = min(most, self.part(runners))
@@ -225,7 +227,7 @@ class Line:
     @property
     def is_shared(self) -> bool:
         """Other runners are at slow batches."""
-        return self.is_free and self.running > 0 and self.took_ns >= SLOW_NS_MIN
+        return self.is_free and self.running > 0 and self.pace_ns >= SLOW_NS_MIN
 
     def part(self, runners: int) -> int:
         """Half of what comes to each runner, of all requests that are known of."""

@@ -8,6 +8,7 @@ from services.inference.line import (
     BACK_NS_MIN,
     BACK_SHARE,
     DELAYED,
+    PACE_SHARE,
     PART_MIN,
     SLOW_NS_MIN,
     Turn,
@@ -58,7 +59,7 @@ class Watched:
         """Who may ask again, and until when."""
         self.running: list[int] = []
         """Requests of each batch that runs."""
-        self.took_ns = 0
+        self.pace_ns = 0
 
     def step(self, step: Step) -> None:
         match step:
@@ -101,7 +102,7 @@ class Watched:
 
     def answer(self, requests: int, took_ns: int) -> None:
         self.line.answered(requests, took_ns, self.now_ns)
-        self.took_ns = took_ns
+        self.pace_ns += (took_ns - self.pace_ns) // (PACE_SHARE if self.pace_ns else 1)
         if took_ns // BACK_SHARE >= BACK_NS_MIN:
             until_ns = self.now_ns + min(took_ns // BACK_SHARE, BACK_NS_MAX)
             if self.back_ns <= self.now_ns:
@@ -176,7 +177,7 @@ class Watched:
             assert count == 1 or sum(rows[:count]) <= max(preferred)
             assert count == most or sum(rows[: count + 1]) > max(preferred)
         else:
-            is_quick = 0 < self.took_ns < SLOW_NS_MIN
+            is_quick = 0 < self.pace_ns < SLOW_NS_MIN
             is_shared = most == len(self.there) and not is_quick
             share = self.share(sum(rows[:most]), runners) if is_shared else size
             part = self.part(runners)
@@ -194,7 +195,7 @@ class Watched:
 
     def part(self, runners: int) -> float:
         """Requests that one batch may take while others run slow ones: half a runner's share."""
-        if not self.is_free or not self.running or self.took_ns < SLOW_NS_MIN:
+        if not self.is_free or not self.running or self.pace_ns < SLOW_NS_MIN:
             return float("inf")
         everyone = len(self.there) + sum(self.running) + self.back
         return max(PART_MIN, -(-everyone // (2 * (runners + len(self.running)))))
