@@ -259,3 +259,21 @@ async def test_runners_that_have_nothing_to_do_share_what_waits() -> None:
     assert sorted(reply for answers in front.answers for reply, *_ in answers) == [
         f"reply {mark}" for mark in range(5)
     ]
+
+
+def test_however_a_batch_ends_it_runs_no_more() -> None:
+    batcher, _ = opened(Batching())
+    for end in ("fail", "split", "answer"):
+        for mark in range(3):
+            ask(batcher, mark)
+        batch = batcher.take()
+        assert batch is not None
+        assert (batcher.line.running, batcher.line.running_requests) == (1, 3)
+        parts = batch.split() if end == "split" else [batch]
+        assert batcher.line.running == len(parts)
+        for part in parts:
+            if end == "answer":
+                part.answer(run(part.inputs()))
+            else:
+                part.fail(13, "broken")
+        assert (batcher.line.running, batcher.line.running_requests) == (0, 0)
