@@ -169,13 +169,14 @@ def beside(running: Sequence[Running], targets: dict[str, load.Target], cell: Ce
 
 def measured(one: Running, target: load.Target, cell: Cell) -> Slice:
     """Raises `load.Spoiled`."""
-    where, ours = one.side.where, one.side.label == OURS
-    before = one.server.client.batches(cell.name) if ours else {}
+    where = one.side.where
+    floored = one.side.label == OURS and cell.name == BESIDE_FLOOR
+    before = one.server.client.batches(cell.name) if floored else {}
     found = load.run(
         target, cell.concurrency, where.seconds, where.client_cores, log=cell.concurrency == 1
     )
     floor = 0.0
-    if ours and cell.name == BESIDE_FLOOR:
+    if floored:
         after = one.server.client.batches(cell.name)
         runs = {rows: count - before.get(rows, 0) for rows, count in after.items()}
         floor = floor_of(cell.name, runs, where.server_cores[0], where.seconds)
