@@ -6,14 +6,14 @@ COPY pyproject.toml /
 RUN python3 -c 'import tomllib; p = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
     print(*p["dependencies"], *p["optional-dependencies"]["'$SERVICE'"], sep="\n")' >/wanted.txt
 
-# The inference service's front and the scheduler's pool in C++, as a wheel; an empty folder for the
+# The inference service's front and operators and the scheduler's pool in C++, as wheels; an empty folder for the
 # others.
 FROM python:3.11-bookworm AS native
 ARG SERVICE
 COPY constraints.txt /src/
 COPY native /src/native
 RUN mkdir -p /src/dist/native; case $SERVICE in \
-    inference) extension=leptonic_native; library=libnghttp2-dev ;; \
+    inference) extension="leptonic_native leptonic_ops"; library=libnghttp2-dev ;; \
     scheduler) extension=leptonic_placement; library= ;; \
     *) exit 0 ;; \
     esac; \

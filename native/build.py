@@ -1,6 +1,6 @@
-"""Compiles leptonic_native and leptonic_placement: `build.py install [NAME]` into this interpreter,
-`build.py wheel [NAME]` as wheels in dist/native, `build.py sanitized` the checks of
-`make native-sanitized`, and runs them.
+"""Compiles leptonic_native, leptonic_ops and leptonic_placement: `build.py install [NAME]` into
+this interpreter, `build.py wheel [NAME]` as wheels in dist/native, `build.py sanitized` the checks
+of `make native-sanitized`, and runs them.
 
 g++ alone: a build system would be more than what it builds.
 """
@@ -41,31 +41,35 @@ class Extension:
 
     name: str
     binding: tuple[Path, ...]
-    """What knows Python; the checks go without."""
+    """What knows Python, or onnxruntime; the checks go without."""
     core: tuple[Path, ...]
+    is_module: bool = True
+    """For Python; else a library that is found as one."""
     linking: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     """Shared libraries that its wheel carries."""
 
 
 PLACING = tuple(sorted(HERE.glob("placement*")))
+OPERATORS = (HERE / "conv_pool.cpp",)
 FRONT = Extension(
     "leptonic_native",
     (HERE / "module.cpp", HERE / "batches.cpp"),
     tuple(
         path
         for path in sorted(HERE.glob("*.cpp"))
-        if path not in (HERE / "module.cpp", HERE / "batches.cpp", *PLACING)
+        if path.stem not in ("module", "batches", "ops") and path not in (*PLACING, *OPERATORS)
     ),
-    (RPATH, "-lnghttp2"),
-    (NGHTTP2,),
+    linking=(RPATH, "-lnghttp2"),
+    carried=(NGHTTP2,),
 )
+OPS = Extension("leptonic_ops", (HERE / "ops.cpp",), OPERATORS, is_module=False)
 PLACEMENT = Extension(
     "leptonic_placement",
     (HERE / "placement_module.cpp",),
     tuple(path for path in PLACING if path.suffix == ".cpp" and path.stem != "placement_module"),
 )
-EXTENSIONS = {one.name: one for one in (PLACEMENT, FRONT)}
+EXTENSIONS = {one.name: one for one in (PLACEMENT, OPS, FRONT)}
 
 
 def fingerprint(one: Extension) -> str:
@@ -120,8 +124,8 @@ def built(one: Extension) -> Path:
     stamp = target.with_name(f"{one.name}.fingerprint")
     now = fingerprint(one)
     if not (target.exists() and stamp.exists() and stamp.read_text() == now):
-        nano = Path(nanobind.source_dir()) / "nb_combined.cpp"
-        linked([nano, *one.binding, *one.core], target, flags, ["-shared", "-s", *one.linking])
+        nano = [Path(nanobind.source_dir()) / "nb_combined.cpp"] if one.is_module else []
+        linked([*nano, *one.binding, *one.core], target, flags, ["-shared", "-s", *one.linking])
         stamp.write_text(now)
     return target
 
@@ -130,7 +134,7 @@ def checked(sanitizers: str, rounds: int, seed: int) -> None:
     """Raises `CalledProcessError` for what the checks or the sanitizers find."""
     flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     target = folder_for(flags) / "checks"
-    sources = [*sorted(CHECKS.glob("*.cpp")), *FRONT.core, *PLACEMENT.core]
+    sources = [*sorted(CHECKS.glob("*.cpp")), *FRONT.core, *PLACEMENT.core, *OPS.core]
     program = linked(sources, target, flags, [flags[3], "-lnghttp2"])
     subprocess.run([str(program), str(seed), str(rounds)], check=True)
 

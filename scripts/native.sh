@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The native front and the native pool: compiled into .venv when what they are made from has changed.
+# The native front, operators and pool: compiled into .venv when what they are made from has changed.
 #   scripts/native.sh          where a compiler and, for the front, libnghttp2's headers are; else
 #                              says so, and is well
 #   scripts/native.sh wheel    installs them where it may (root, apt), and leaves wheels in dist/native
@@ -20,8 +20,8 @@ if [ -n "$lacks" ] && [ "${1:-}" = wheel ]; then
   fi
 elif [ -n "$lacks" ]; then
   echo "native front: not built, ${lacks//$'\n'/ and } is missing; the Python front takes over"
-  command -v g++ >/dev/null || { echo "native pool: not built either; the Python pool takes over"; exit 0; }
-  exec "$python" native/build.py install leptonic_placement
+  command -v g++ >/dev/null || { echo "native operators and pool: not built either"; exit 0; }
+  exec "$python" native/build.py install leptonic_ops leptonic_placement
 fi
 "$python" native/build.py install
 [ "${1:-}" != wheel ] || "$python" native/build.py wheel

@@ -16,6 +16,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 
 from libs.contracts.artifacts import ModelManifest, Signature, Tensor
+from services.inference import rewriting
 from services.inference.cache import Cache
 from services.inference.tensors import DTYPES, Array, Arrays
 
@@ -211,9 +212,10 @@ def session_of(
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_FATAL
     try:
-        for library in libraries:
+        for library in (*libraries, *filter(None, [rewriting.library()])):
             options.register_custom_ops_library(str(library))
-        return onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
+        taken = rewriting.rewritten(name, graph)
+        return onnxruntime.InferenceSession(taken, options, ["CPUExecutionProvider"])
     except ERRORS as error:
         raise Unloadable(f"failed to load '{name}': {error}") from error
 

@@ -1,0 +1,95 @@
+"""An ONNX graph while it is rewritten: who reads what, and which values are known.
+
+A rewriting leaves the names of all tensors that others read, and so the signature, as they are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+Values = np.ndarray[Any, Any]
+STANDARD = ("", "ai.onnx")
+OPSET_MIN = 13
+
+
+class Graph:
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.known = {one.name: one for one in model.graph.initializer}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.makers = {name: node for node in self.nodes for name in node.output}
+        self.given_back = {one.name for one in model.graph.output}
+        for one in model.graph.input:  # a caller may give another value
+            self.known.pop(one.name, None)
+        self.instead: dict[str, Sequence[onnx.NodeProto]] = {}
+        """First output of a node -> what takes its place."""
+
+    @property
+    def is_plain(self) -> bool:
+        """No branches and loops, whose bodies read tensors of the graph around them; no weights in
+        files beside it; operators as of ONNX 1.8 or later."""
+        kinds = {one.type for node in self.nodes for one in node.attribute}
+        opsets = [one.version for one in self.model.opset_import if one.domain in STANDARD]
+        is_flat = not kinds & {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
+        is_whole = not any(one.external_data for one in self.known.values())
+        return is_flat and is_whole and min(opsets, default=0) >= OPSET_MIN
+
+    def value(self, name: str) -> Values | None:
+        """float32 that is the same in every run."""
+        maker = self.makers.get(name)
+        while maker is not None and maker.op_type == "Identity":
+            name = maker.input[0]
+            maker = self.makers.get(name)
+        tensor = self.known.get(name)
+        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
+            return None
+        values: Values = numpy_helper.to_array(tensor)
+        return values
+
+    def weights(self, node: onnx.NodeProto) -> Values | None:
+        """Of a convolution over images: [made channels, given channels, rows, columns]."""
+        values = self.value(node.input[1]) if node.input[1:] else None
+        return values if values is not None and values.ndim == 4 else None
+
+    def only_reader(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """Of the node's one output, when nobody else sees it."""
+        readers = self.readers.get(node.output[0], [])
+        is_seen = node.output[0] in self.given_back or len(node.output) > 1
+        return readers[0] if len(readers) == 1 and not is_seen else None
+
+    def add(self, name: str, values: Values) -> str:
+        self.model.graph.initializer.append(numpy_helper.from_array(values, name))
+        return name
+
+    def replace(self, old: Sequence[onnx.NodeProto], new: Sequence[onnx.NodeProto]) -> None:
+        """`new` stands where the last of `old` stood."""
+        for node in old[:-1]:
+            self.instead[node.output[0]] = ()
+        self.instead[old[-1].output[0]] = new
+
+    def rewritten(self) -> onnx.ModelProto:
+        """Without the constants that nobody reads any more."""
+        graph = self.model.graph
+        del graph.node[:]
+        for node in self.nodes:
+            graph.node.extend(self.instead.get("".join(node.output[:1]), (node,)))
+        read = {name for node in graph.node for name in node.input} | self.given_back
+        for place in reversed(range(len(graph.initializer))):
+            if graph.initializer[place].name not in read:
+                del graph.initializer[place]
+        return self.model
+
+
+def is_a(node: onnx.NodeProto | None, operator: str) -> bool:
+    return node is not None and node.op_type == operator and node.domain in STANDARD
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {one.name: helper.get_attribute_value(one) for one in node.attribute}
