@@ -51,7 +51,7 @@ class Extension:
 
 
 PLACING = tuple(sorted(HERE.glob("placement*")))
-OPERATORS = (HERE / "conv_pool.cpp",)
+OPERATORS = (HERE / "conv_pool.cpp", HERE / "dense.cpp")
 FRONT = Extension(
     "leptonic_native",
     (HERE / "module.cpp", HERE / "batches.cpp"),

@@ -62,6 +62,7 @@ void Geometry::check() const {
     if (one.size > kPoolMax || std::max(one.before, one.after) >= one.size)
       throw std::invalid_argument("a pool that is too large, or all padding");
   if (channels < 1 || channels > kChannelsMax) throw std::invalid_argument("so many channels cannot come out");
+  if (channels_last && channels != pitch()) throw std::invalid_argument("channels that are no whole blocks come first");
 }
 
 Plan::Plan(const Geometry& geometry, const Images& images) : geometry(geometry), images(images) {

@@ -27,6 +27,7 @@ struct Geometry {
   Window conv_y, conv_x, pool_y, pool_x;
   int64_t channels = 0;  // that come out
   bool relu = false;
+  bool channels_last = false;  // what comes out, where they are a multiple of a block
 
   // Raises std::invalid_argument for what no graph may ask for.
   void check() const;
@@ -56,7 +57,7 @@ struct Plan {
 };
 
 // weights: [channels of the image, conv rows, conv columns, pitch]; bias: [pitch];
-// out: [count, channels, height, width]. One instruction set: see `conv_pools`.
+// out: [count, channels, height, width] or [count, height, width, channels]. One instruction set: see `conv_pools`.
 using ConvPool = void (*)(const Plan& plan, const float* weights, const float* bias, float* out, float* scratch);
 
 // What this processor can run, the fastest last.

@@ -90,7 +90,7 @@ inline Pool pool_of(const Geometry& geometry) {
 // Rows become columns: in each step blocks of `step` lanes change places across the diagonal.
 template <int step>
 inline void turn(Lanes (&lines)[LANES]) {
-  Order kept, moved;
+  Order kept = {}, moved = {};
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) {
     kept[i] = i & step ? LANES + i - step : i;
@@ -182,6 +182,10 @@ void conv_pool(const Plan& plan, const float* weights, const float* bias, float*
         if (row == nothing || top + i < made) continue;
         made = top + i + 1;
         convolve(plan, padded + (top + i) * geometry.conv_y.stride * plan.line, weights, row + before);
+      }
+      if (geometry.channels_last) {
+        pooled(plan, from, bias, out + y * wide);
+        continue;
       }
       pooled(plan, from, bias, rows + gathered++ * wide);
       if (gathered < plan.kept && y + 1 < plan.height) continue;

@@ -34,5 +34,6 @@ void check_memory(uint64_t seed, int rounds);
 void check_threads(uint64_t seed, int rounds);
 void check_placement(uint64_t seed, int rounds);
 void check_operators(uint64_t seed, int rounds);
+void check_products(uint64_t seed, int rounds);
 
 }  // namespace leptonic

@@ -11,4 +11,5 @@ int main(int count, char** words) {
   leptonic::check_threads(seed, rounds / 10);
   leptonic::check_placement(seed, rounds / 20);
   leptonic::check_operators(seed, rounds / 400);
+  leptonic::check_products(seed, rounds / 400);
 }

@@ -3,7 +3,8 @@
 A rewriting leaves the names of all tensors that others read, and so the signature, as they are.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,22 @@ OPSET_MIN = 13
 class Graph:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
-        self.nodes = list(model.graph.node)
         self.known = {one.name: one for one in model.graph.initializer}
+        for one in model.graph.input:  # a caller may give another value
+            self.known.pop(one.name, None)
+        self.added: dict[str, Values] = {}
+        self.given_back = {one.name for one in model.graph.output}
+        self.take(model.graph.node)
+
+    def take(self, nodes: Iterable[onnx.NodeProto]) -> None:
+        self.nodes = list(nodes)
+        self.makers = {name: node for node in self.nodes for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
-        self.makers = {name: node for node in self.nodes for name in node.output}
-        self.given_back = {one.name for one in model.graph.output}
-        for one in model.graph.input:  # a caller may give another value
-            self.known.pop(one.name, None)
         self.instead: dict[str, Sequence[onnx.NodeProto]] = {}
-        """First output of a node -> what takes its place."""
+        """First output of a node -> what takes its place once the rewriting is through."""
 
     @property
     def is_plain(self) -> bool:
@@ -43,15 +48,15 @@ class Graph:
 
     def value(self, name: str) -> Values | None:
         """float32 that is the same in every run."""
-        maker = self.makers.get(name)
-        while maker is not None and maker.op_type == "Identity":
-            name = maker.input[0]
+        for _ in self.nodes:
             maker = self.makers.get(name)
-        tensor = self.known.get(name)
-        if tensor is None or tensor.data_type != onnx.TensorProto.FLOAT:
-            return None
-        values: Values = numpy_helper.to_array(tensor)
-        return values
+            if maker is None or not is_a(maker, "Identity"):
+                break
+            name = maker.input[0]
+        values = self.added.get(name)
+        if values is None and name in self.known:
+            values = numpy_helper.to_array(self.known[name])
+        return values if values is not None and values.dtype == np.float32 else None
 
     def weights(self, node: onnx.NodeProto) -> Values | None:
         """Of a convolution over images: [made channels, given channels, rows, columns]."""
@@ -65,8 +70,14 @@ class Graph:
         return readers[0] if len(readers) == 1 and not is_seen else None
 
     def add(self, name: str, values: Values) -> str:
-        self.model.graph.initializer.append(numpy_helper.from_array(values, name))
+        """A constant of any datatype."""
+        self.added[name] = values
         return name
+
+    def use(self, domain: str) -> None:
+        """Operators of this one too."""
+        if all(one.domain != domain for one in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(domain, 1))
 
     def replace(self, old: Sequence[onnx.NodeProto], new: Sequence[onnx.NodeProto]) -> None:
         """`new` stands where the last of `old` stood."""
@@ -74,16 +85,28 @@ class Graph:
             self.instead[node.output[0]] = ()
         self.instead[old[-1].output[0]] = new
 
+    def settle(self) -> None:
+        """What was replaced is gone; the next rewriting sees what is there now."""
+        found = [self.instead.get("".join(node.output[:1]), (node,)) for node in self.nodes]
+        self.take(itertools.chain.from_iterable(found))
+
     def rewritten(self) -> onnx.ModelProto:
         """Without the constants that nobody reads any more."""
         graph = self.model.graph
         del graph.node[:]
-        for node in self.nodes:
-            graph.node.extend(self.instead.get("".join(node.output[:1]), (node,)))
-        read = {name for node in graph.node for name in node.input} | self.given_back
+        graph.node.extend(self.nodes)
+        read = self.readers.keys() | self.given_back
         for place in reversed(range(len(graph.initializer))):
             if graph.initializer[place].name not in read:
                 del graph.initializer[place]
+        for name in sorted(self.added.keys() & read):
+            values = self.added[name]
+            graph.initializer.add(
+                name=name,
+                dims=values.shape,
+                data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+                raw_data=values.tobytes(),
+            )
         return self.model
 
 

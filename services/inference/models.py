@@ -16,7 +16,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 
 from libs.contracts.artifacts import ModelManifest, Signature, Tensor
-from services.inference import rewriting
+from services.inference import operators, rewriting
 from services.inference.cache import Cache
 from services.inference.tensors import DTYPES, Array, Arrays
 
@@ -212,7 +212,7 @@ def session_of(
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_FATAL
     try:
-        for library in (*libraries, *filter(None, [rewriting.library()])):
+        for library in (*libraries, *filter(None, [operators.library()])):
             options.register_custom_ops_library(str(library))
         taken = rewriting.rewritten(name, graph)
         return onnxruntime.InferenceSession(taken, options, ["CPUExecutionProvider"])

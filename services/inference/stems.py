@@ -5,16 +5,17 @@ onnxruntime runs them one after the other and writes to memory what comes betwee
 CNN that is 10 us a row and half of the model; as one it is 4.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from services.inference.graphs import Graph, Values, is_a
+from services.inference.graphs import Graph, Values, attributes, is_a
+from services.inference.operators import DOMAIN
 from services.inference.windows import Window, windows_of
 
-DOMAIN = "ai.leptonic"
 CHANNELS_MAX = 15
 """Of the image; onnxruntime keeps 16 and more in blocks, and does well."""
 TAPS_MAX = 192
@@ -43,9 +44,12 @@ def fuse(graph: Graph) -> int:
         if (stem := stem_at(graph, node)) and not is_convolved(graph, stem, stems):
             stems[node.output[0]] = stem
     for stem in stems.values():
-        graph.replace(stem.nodes, [operator_of(graph, stem)])
+        flat, product = flattened(graph, stem)
+        graph.replace([*stem.nodes, *flat], [operator_of(graph, stem, flat)])
+        for node in product:
+            graph.replace([node], [reordered(graph, stem, node)])
     if stems:
-        graph.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        graph.use(DOMAIN)
     return len(stems)
 
 
@@ -78,8 +82,40 @@ def stem_at(graph: Graph, node: onnx.NodeProto) -> Stem | None:
     return Stem(nodes, weights, bias, sizes, pooled)
 
 
-def operator_of(graph: Graph, stem: Stem) -> onnx.NodeProto:
-    name = stem.nodes[-1].output[0]
+def flattened(
+    graph: Graph, stem: Stem
+) -> tuple[Sequence[onnx.NodeProto], Sequence[onnx.NodeProto]]:
+    """`Flatten` and `Gemm` where they are all that follows: then channels may come last, as they
+    are computed, and nothing has to be turned round."""
+    flat = graph.only_reader(stem.nodes[-1])
+    if flat is None or not is_a(flat, "Flatten") or len(stem.weights) % BLOCK:
+        return (), ()
+    product = graph.only_reader(flat)
+    if product is None or not is_a(product, "Gemm") or attributes(flat).get("axis", 1) != 1:
+        return (), ()
+    weights = graph.value(product.input[1]) if product.input[1] != flat.output[0] else None
+    said = attributes(product)
+    if weights is None or weights.ndim != 2 or said.get("transA", 0):
+        return (), ()
+    inputs = weights.shape[said.get("transB", 0)]
+    return ((flat,), (product,)) if inputs % len(stem.weights) == 0 else ((), ())
+
+
+def reordered(graph: Graph, stem: Stem, product: onnx.NodeProto) -> onnx.NodeProto:
+    """The `Gemm`, its weights for channels that come last."""
+    said = attributes(product)
+    weights = graph.value(product.input[1])
+    assert weights is not None
+    rows = weights.T if said.pop("transB", 0) else weights
+    channels = len(stem.weights)
+    turned = rows.reshape(channels, -1, rows.shape[1]).transpose(1, 0, 2).reshape(rows.shape)
+    name = product.output[0]
+    given = [product.input[0], graph.add(f"{name}/weights", np.ascontiguousarray(turned))]
+    return helper.make_node("Gemm", [*given, *product.input[2:]], [name], **said)
+
+
+def operator_of(graph: Graph, stem: Stem, flat: Sequence[onnx.NodeProto]) -> onnx.NodeProto:
+    name = (*stem.nodes, *flat)[-1].output[0]
     made = len(stem.weights)
     room = -made % BLOCK
     packed = np.pad(stem.weights.transpose(1, 2, 3, 0), [(0, 0)] * 3 + [(0, room)])
@@ -100,5 +136,6 @@ def operator_of(graph: Graph, stem: Stem) -> onnx.NodeProto:
         domain=DOMAIN,
         channels=made,
         relu=int(len(stem.nodes) > 2),
+        flat=len(flat),
         **sizes,
     )

@@ -1,51 +1,23 @@
 """A rewritten graph answers as the one that came; what cannot be rewritten is left as it is."""
 
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from services.inference import rewriting
+from services.inference import operators, rewriting, rewritings
 from services.inference.models import OnnxModel, RunFailed, Unloadable
+from services.inference.tests.graphs import FLOATS, answers, model_of, node, numbers, operators_of
 
-OPERATORS = pytest.mark.skipif(rewriting.library() is None, reason="leptonic_ops is not built here")
-FLOATS = TensorProto.FLOAT
+OPERATORS = pytest.mark.skipif(operators.library() is None, reason="leptonic_ops is not built here")
 RUNS_AT_ONCE = 4
-
-
-def numbers(*shape: int, seed: int = 1) -> Any:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def node(operator: str, given: str, gives: str, **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(operator, given.split(), gives.split(), **attributes)
-
-
-def model_of(
-    nodes: Sequence[onnx.NodeProto],
-    constants: dict[str, Any],
-    shape: Sequence[Any],
-    outputs: Sequence[str] = ("y",),
-    opset: int = 17,
-) -> onnx.ModelProto:
-    """From `x` of this shape."""
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info("x", FLOATS, shape)],
-        [helper.make_tensor_value_info(name, FLOATS, None) for name in outputs],
-        [numpy_helper.from_array(values, name) for name, values in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
 def stem(
@@ -64,17 +36,6 @@ def constants(made: int = 5, given: int = 1, size: int = 3) -> dict[str, Any]:
     return {"w": numbers(made, given, size, size), "b": numbers(made, seed=2)}
 
 
-def operators(graph: bytes | Path) -> Counter[str]:
-    assert isinstance(graph, bytes)
-    return Counter(one.op_type for one in onnx.ModelProto.FromString(graph).graph.node)
-
-
-def answers(graph: bytes, rows: Any) -> list[Any]:
-    """Of onnxruntime alone."""
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    return list(session.run(None, {"x": rows}))
-
-
 def check_same(model: onnx.ModelProto, rows: Any) -> Counter[str]:
     """Served, it answers as onnxruntime does. The operators that it is made of now."""
     graph = model.SerializeToString()
@@ -83,7 +44,7 @@ def check_same(model: onnx.ModelProto, rows: Any) -> Counter[str]:
         served.run({"x": rows}).values(), answers(graph, rows), strict=True
     ):
         np.testing.assert_allclose(given_back, expected, rtol=1e-4, atol=1e-4)
-    return operators(rewriting.rewritten("one", graph))
+    return operators_of(rewriting.rewritten("one", graph))
 
 
 def around(size: int) -> st.SearchStrategy[int]:
@@ -168,7 +129,7 @@ def test_a_heavy_convolution_of_few_pixels_becomes_a_product(
     made = answers(model.SerializeToString(), rows)[0]
     assert made.shape[2] * made.shape[3] == pixels
     found = check_same(model, rows)
-    assert found["Gemm"] == 1
+    assert found["Gemm"] + found["Dense"] == 1
     assert not found["Conv"]
 
 
@@ -274,7 +235,7 @@ def test_weights_in_a_file_beside_the_graph_stay_there(tmp_path: Path) -> None:
 def test_without_the_library_graphs_are_served_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rewriting, "OPERATORS", "leptonic_ops_of_nowhere")
+    monkeypatch.setattr(operators, "EXTENSION", "leptonic_ops_of_nowhere")
     model = model_of(stem(), constants(), ["rows", 1, 28, 28])
     graph = model.SerializeToString()
     assert rewriting.rewritten("one", graph) is graph
@@ -289,7 +250,7 @@ def test_bytes_that_are_no_graph_are_for_onnxruntime_to_refuse(data: st.DataObje
     graph = bytearray(model_of(stem(), constants(), ["rows", 1, 28, 28]).SerializeToString())
     for _ in range(data.draw(st.integers(1, 6))):
         graph[data.draw(st.integers(0, len(graph) - 1))] = data.draw(st.integers(0, 255))
-    rewriting.rewritten("one", bytes(graph[: data.draw(st.integers(0, len(graph)))]))
+    rewritings.applied("one", bytes(graph[: data.draw(st.integers(0, len(graph)))]))
 
 
 @OPERATORS
@@ -330,7 +291,7 @@ def operator_alone(**changed: int) -> bytes:
         "x w b",
         "y",
         domain="ai.leptonic",
-        **{"channels": 5, "relu": 0} | sizes | changed,
+        **{"channels": 5, "relu": 0, "flat": 0} | sizes | changed,
     )
     known = {"w": numbers(1, 1, 1, 16), "b": numbers(16)}
     model = model_of([made], known, ["rows", 1, 3, 3])
@@ -346,6 +307,7 @@ def operator_alone(**changed: int) -> bytes:
         ({"conv_stride_y": 0}, "a window of no size"),
         ({"pool_before_x": 1}, "a pool that is too large"),
         ({"channels": 0}, "so many channels"),
+        ({"flat": 1}, "no whole blocks"),
         ({"channels": 17}, "of another convolution"),
         ({"conv_size_x": 2}, "of another convolution"),
     ],
