@@ -2,8 +2,8 @@
 h2load.
 
 Prints requests/s, what each costs the server, and h2load's latencies (min max mean sd) at three
-concurrencies for an identity float32[64] in numpy and for an mlp 64-128-10 through onnxruntime, and
-what each stage takes of a request (of a batch its share; read contains parse), beside its wait.
+concurrencies for the models of `bench.peers`, loaded as the service loads them, and what each stage
+takes of a request (of a batch its share; read contains parse), beside its wait.
 """
 
 import asyncio
@@ -15,80 +15,43 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from libs.contracts.artifacts import Signature, Tensor
+from bench.peers.models import SHAPES, export_missing, rows_of
 from libs.contracts.pipeline import Batching
 from libs.contracts.protos import open_inference_pb2 as oip
 from services.inference import fronts
 from services.inference.front import Batcher, Lane, Sampling
-from services.inference.tensors import Arrays
+from services.inference.models import OnnxModel
 
 LOADS = {1: 1, 8: 8, 64: 8}
 """Concurrency -> connections."""
 SECONDS = 3
-WIDTH, HIDDEN, CLASSES = 64, 128, 10
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 SERVER_CORE, CLIENT_CORE = 0, 1
-Run = Callable[[Arrays], Arrays]
 
 
-def identity() -> Run:
-    return lambda inputs: {"OUT": inputs["IN"]}
+def loaded(name: str) -> OnnxModel:
+    with tempfile.TemporaryDirectory() as folder:
+        export_missing(Path(folder))
+        return OnnxModel(name, "", (Path(folder) / f"{name}.onnx").read_bytes(), batched=True)
 
 
-def mlp() -> Run:
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    draw = np.random.default_rng(0)
-    sizes = {"w1": (WIDTH, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)}
-    weights = [
-        numpy_helper.from_array(draw.standard_normal(size).astype(np.float32), name)
-        for name, size in sizes.items()
-    ]
-    graph = helper.make_graph(
-        [
-            helper.make_node("Gemm", ["IN", "w1", "b1"], ["hidden"]),
-            helper.make_node("Relu", ["hidden"], ["active"]),
-            helper.make_node("Gemm", ["active", "w2", "b2"], ["OUT"]),
-        ],
-        "mlp",
-        [helper.make_tensor_value_info("IN", TensorProto.FLOAT, ["rows", WIDTH])],
-        [helper.make_tensor_value_info("OUT", TensorProto.FLOAT, ["rows", CLASSES])],
-        weights,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    return lambda inputs: {"OUT": session.run(["OUT"], inputs)[0]}
-
-
-MODELS: dict[str, tuple[Callable[[], Run], int]] = {
-    "identity": (identity, WIDTH),
-    "mlp": (mlp, CLASSES),
-}
-
-
-def work(batcher: Batcher, run: Run) -> None:
+def work(batcher: Batcher, model: OnnxModel) -> None:
     while (batch := batcher.take()) is not None:
-        batch.answer(run(batch.inputs()))
+        batch.answer(model.run(batch.inputs()))
 
 
 @contextlib.contextmanager
 def body_of(model: str) -> Iterator[str]:
     """A file with one request as gRPC frames it."""
+    given = oip.ModelInferRequest.InferInputTensor(
+        name="features", datatype="FP32", shape=[1, *SHAPES[model]]
+    )
     request = oip.ModelInferRequest(
-        model_name=model,
-        inputs=[
-            oip.ModelInferRequest.InferInputTensor(name="IN", datatype="FP32", shape=[1, WIDTH])
-        ],
-        raw_input_contents=[np.arange(WIDTH, dtype=np.float32).tobytes()],
+        model_name=model, inputs=[given], raw_input_contents=[rows_of(model, 1).tobytes()]
     ).SerializeToString()
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(b"\0" + len(request).to_bytes(4, "big") + request)
@@ -117,15 +80,13 @@ def load(port: int, body: str, concurrency: int) -> tuple[float, str]:
 
 @contextlib.asynccontextmanager
 async def serving(kind: str, name: str) -> AsyncIterator[tuple[Any, Batcher]]:
-    make, width = MODELS[name]
-    run = make()
+    model = loaded(name)
     front: Any = fronts.make(kind, lambda call: None, ())
     await front.listen("127.0.0.1", 0, False)
-    takes, gives = Tensor("IN", "FP32", [-1, WIDTH]), Tensor("OUT", "FP32", [-1, width])
-    batcher = front.batcher(Lane(name, "1", Signature([takes], [gives]), True, False))
+    batcher = front.batcher(Lane(name, "1", model.signature, True, False))
     batcher.configure(Batching(), Sampling(0.0, 0, 0.0))
     front.route(name, {"1": 100}, {"1": batcher})
-    runner = threading.Thread(target=work, args=(batcher, run))
+    runner = threading.Thread(target=work, args=(batcher, model))
     runner.start()
     try:
         yield front, batcher
@@ -133,6 +94,7 @@ async def serving(kind: str, name: str) -> AsyncIterator[tuple[Any, Batcher]]:
         batcher.close()
         await asyncio.to_thread(runner.join)
         await front.close(1.0)
+        model.close()
 
 
 async def measure(kind: str, name: str, concurrency: int) -> None:
@@ -157,6 +119,6 @@ async def measure(kind: str, name: str, concurrency: int) -> None:
 if __name__ == "__main__":
     os.sched_setaffinity(0, {SERVER_CORE})
     which = sys.argv[1] if len(sys.argv) > 1 else "native"
-    for one in sys.argv[2:] or MODELS:
+    for one in sys.argv[2:] or SHAPES:
         for open_at_once in LOADS:
             asyncio.run(measure(which, one, open_at_once))

@@ -57,8 +57,9 @@ void multiply_plainly(const Dense& shape, const float* row, const uint16_t* weig
   }
 }
 
+// No infinity, no NaN, and none that is rounded to one.
 bool are_numbers(const float* row, int64_t count) {
-  return std::all_of(row, row + count, [](float value) { return std::isfinite(value); });
+  return std::all_of(row, row + count, [](float value) { return std::isfinite(float_of(nearest(value))); });
 }
 
 }  // namespace
@@ -110,8 +111,8 @@ bool ask_for_tiles() {
   return has && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// `count` of a row's inputs, each 32 of them in both parts: [depths, upper and rest, height, 32]. False for
-// an infinity or NaN, which would spoil other sums.
+// `count` of a row's inputs, each 32 of them in both parts: [depths, upper and rest, height, 32]. False where
+// not all are numbers: they would spoil other sums.
 TILES bool split(const float* row, int64_t count, int64_t height, uint16_t* to) {
   constexpr int kNoNumber = 0x99;  // NaN, infinities
   unsigned bad = 0;
@@ -120,12 +121,12 @@ TILES bool split(const float* row, int64_t count, int64_t height, uint16_t* to) 
       const int64_t left = count - input - half;
       const __mmask16 there = left >= kTile ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
       const __m512 values = _mm512_maskz_loadu_ps(there, row + input + half);
-      bad |= _mm512_fpclass_ps_mask(values, kNoNumber);
-      const __m512i bits = _mm512_castps_si512(values), upper = _mm512_srli_epi32(bits, 16);
-      const __m512 most = _mm512_castsi512_ps(_mm512_slli_epi32(upper, 16));
-      const __m256bh rest = _mm512_cvtneps_pbh(_mm512_sub_ps(values, most));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half), _mm512_cvtepi32_epi16(upper));
-      __builtin_memcpy(to + height * kDepth + half, &rest, sizeof rest);
+      const __m256i upper = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+      const __m512 most = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
+      bad |= _mm512_fpclass_ps_mask(most, kNoNumber);
+      const __m256i rest = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_sub_ps(values, most)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half), upper);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + height * kDepth + half), rest);
     }
   return !bad;
 }

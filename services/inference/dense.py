@@ -49,7 +49,7 @@ def product_at(graph: Graph, node: onnx.NodeProto) -> Product | None:
         if (added := graph.value(other)) is not None and added.shape == weights.shape[1:]:
             bias = added
             nodes.append(following)
-    if bias is None or bias.size != weights.shape[1]:
+    if bias is None or bias.shape not in {weights.shape[1:], (1, weights.shape[1])}:
         return None
     following = graph.only_reader(nodes[-1])
     if following is not None and is_a(following, "Relu"):

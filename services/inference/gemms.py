@@ -67,10 +67,11 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     bare.graph.node.extend(model.graph.node)
     bare.graph.input.extend(model.graph.input)
     bare.graph.output.extend(model.graph.output)
+    given = {one.name for one in model.graph.input}
     for one in model.graph.initializer:
         if one.ByteSize() <= SMALL_BYTES_MAX:
             bare.graph.initializer.append(one)
-        else:
+        elif one.name not in given:
             bare.graph.input.append(
                 helper.make_tensor_value_info(one.name, one.data_type, one.dims)
             )

@@ -11,7 +11,7 @@ from services.inference import dense, gemms, operators, stems
 from services.inference.graphs import Graph
 
 log = logging.getLogger(__name__)
-BROKEN = (DecodeError, InferenceError, IndexError, KeyError, TypeError, ValueError)
+BROKEN = (DecodeError, InferenceError, ArithmeticError, LookupError, TypeError, ValueError)
 """What reading a graph raises that is none, or not a valid one."""
 
 

@@ -93,9 +93,10 @@ def flattened(
     product = graph.only_reader(flat)
     if product is None or not is_a(product, "Gemm") or attributes(flat).get("axis", 1) != 1:
         return (), ()
-    weights = graph.value(product.input[1]) if product.input[1] != flat.output[0] else None
-    said = attributes(product)
+    weights, said = graph.value(product.input[1]), attributes(product)
     if weights is None or weights.ndim != 2 or said.get("transA", 0):
+        return (), ()
+    if product.input[0] != flat.output[0]:
         return (), ()
     inputs = weights.shape[said.get("transB", 0)]
     return ((flat,), (product,)) if inputs % len(stem.weights) == 0 else ((), ())
