@@ -4,7 +4,6 @@ One thread each, rounds alternating, medians; writes `normalise.csv` beside this
 count: how many times faster the kernel is.
 """
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench import tables
 from kernels.normalise import normalise
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -65,12 +65,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = [measure(shape) for shape in SHAPES]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(RESULTS.read_text(), end="")
+    tables.keep(RESULTS, [measure(shape) for shape in SHAPES])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ how many times faster the graph is once it is rewritten, and by what part of the
 differ.
 """
 
-import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from bench import tables
 from bench.peers.models import SHAPES, module_of
 from services.inference.models import OnnxModel
 from services.trainer.export import OPSET_MAX, exported
@@ -101,12 +101,7 @@ def times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    rows = [row for name in MODULES for row in measure(name)]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(RESULTS.read_text(), end="")
+    tables.keep(RESULTS, [row for name in MODULES for row in measure(name)])
 
 
 if __name__ == "__main__":

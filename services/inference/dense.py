@@ -44,7 +44,7 @@ def product_at(graph: Graph, node: onnx.NodeProto) -> Product | None:
     bias: Values | None = np.zeros(weights.shape[1], np.float32)
     if is_a(node, "Gemm") and node.input[2:]:
         bias = graph.value(node.input[2])
-    elif (following := graph.only_reader(node)) is not None and is_a(following, "Add"):
+    elif is_a(following := graph.only_reader(node), "Add"):
         other = next((name for name in following.input if name != node.output[0]), "")
         if (added := graph.value(other)) is not None and added.shape == weights.shape[1:]:
             bias = added
@@ -52,7 +52,7 @@ def product_at(graph: Graph, node: onnx.NodeProto) -> Product | None:
     if bias is None or bias.shape not in {weights.shape[1:], (1, weights.shape[1])}:
         return None
     following = graph.only_reader(nodes[-1])
-    if following is not None and is_a(following, "Relu"):
+    if is_a(following, "Relu"):
         nodes.append(following)
     return Product(nodes, weights, bias.reshape(-1))
 

@@ -5,7 +5,7 @@ A rewriting leaves the names of all tensors that others read, and so the signatu
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
@@ -50,7 +50,7 @@ class Graph:
         """float32 that is the same in every run."""
         for _ in self.nodes:
             maker = self.makers.get(name)
-            if maker is None or not is_a(maker, "Identity"):
+            if not is_a(maker, "Identity"):
                 break
             name = maker.input[0]
         values = self.added.get(name)
@@ -110,7 +110,7 @@ class Graph:
         return self.model
 
 
-def is_a(node: onnx.NodeProto | None, operator: str) -> bool:
+def is_a(node: onnx.NodeProto | None, operator: str) -> TypeGuard[onnx.NodeProto]:
     return node is not None and node.op_type == operator and node.domain in STANDARD
 
 

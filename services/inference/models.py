@@ -212,9 +212,10 @@ def session_of(
     options.inter_op_num_threads = 1
     options.log_severity_level = LOG_FATAL
     try:
-        for library in (*libraries, *filter(None, [operators.library()])):
-            options.register_custom_ops_library(str(library))
         taken = rewriting.rewritten(name, graph)
+        ours = operators.library() if taken is not graph else None
+        for library in (*libraries, *([ours] if ours else [])):
+            options.register_custom_ops_library(str(library))
         return onnxruntime.InferenceSession(taken, options, ["CPUExecutionProvider"])
     except ERRORS as error:
         raise Unloadable(f"failed to load '{name}': {error}") from error

@@ -64,7 +64,7 @@ def stem_at(graph: Graph, node: onnx.NodeProto) -> Stem | None:
     nodes = [node]
     for operator in ("Relu", "MaxPool"):
         following = graph.only_reader(nodes[-1])
-        if following is not None and is_a(following, operator):
+        if is_a(following, operator):
             nodes.append(following)
     pool = nodes[-1]
     if not (is_a(node, "Conv") and is_a(pool, "MaxPool")) or len(pool.output) > 1:
@@ -88,15 +88,14 @@ def flattened(
     """`Flatten` and `Gemm` where they are all that follows: then channels may come last, as they
     are computed, and nothing has to be turned round."""
     flat = graph.only_reader(stem.nodes[-1])
-    if flat is None or not is_a(flat, "Flatten") or len(stem.weights) % BLOCK:
+    if not is_a(flat, "Flatten") or len(stem.weights) % BLOCK:
         return (), ()
     product = graph.only_reader(flat)
-    if product is None or not is_a(product, "Gemm") or attributes(flat).get("axis", 1) != 1:
+    if not is_a(product, "Gemm") or attributes(flat).get("axis", 1) != 1:
         return (), ()
     weights, said = graph.value(product.input[1]), attributes(product)
-    if weights is None or weights.ndim != 2 or said.get("transA", 0):
-        return (), ()
-    if product.input[0] != flat.output[0]:
+    is_plain = product.input[0] == flat.output[0] and not said.get("transA", 0)
+    if weights is None or weights.ndim != 2 or not is_plain:
         return (), ()
     inputs = weights.shape[said.get("transB", 0)]
     return ((flat,), (product,)) if inputs % len(stem.weights) == 0 else ((), ())

@@ -12,7 +12,14 @@ from onnx import helper
 
 from services.inference import dense, operators, rewriting
 from services.inference.models import OnnxModel, RunFailed, Unloadable
-from services.inference.tests.graphs import answers, model_of, node, numbers, operators_of
+from services.inference.tests.graphs import (
+    answers,
+    model_of,
+    node,
+    numbers,
+    operators_of,
+    with_operators,
+)
 
 TILES = pytest.mark.skipif(not operators.have_tiles(), reason="no tile registers here (AMX)")
 FLOAT_MAX = np.finfo(np.float32).max
@@ -89,26 +96,6 @@ def test_a_rows_infinity_or_nan_is_its_own() -> None:
 
 
 @TILES
-def test_a_stem_hands_its_channels_over_as_they_come() -> None:
-    nodes = [
-        node("Conv", "x w b", "a"),
-        node("Relu", "a", "c"),
-        node("MaxPool", "c", "d", kernel_shape=[2, 2], strides=[2, 2]),
-        node("Flatten", "d", "e"),
-        node("Gemm", "e w2 b2", "y", transB=1),
-    ]
-    known = {"w": numbers(32, 1, 3, 3), "b": numbers(32)}
-    known |= {"w2": numbers(9, 32 * 13 * 12), "b2": numbers(9)}
-    model = model_of(nodes, known, ["rows", 1, 28, 27])
-    rows = numbers(5, 1, 28, 27)
-    served = OnnxModel("one", "", model.SerializeToString(), batched=True).run({"x": rows})["y"]
-    expected = answers(model.SerializeToString(), rows)[0]
-    np.testing.assert_allclose(served, expected, rtol=1e-3, atol=1e-2)
-    found = operators_of(rewriting.rewritten("one", model.SerializeToString()))
-    assert found == {"ConvPool": 1, "Dense": 1}
-
-
-@TILES
 @pytest.mark.parametrize("said", [{"alpha": 0.5}, {"beta": 2.0}])
 def test_other_products_stay_in_float32(said: dict[str, Any]) -> None:
     graph = layer(100, 20, **said).SerializeToString()
@@ -161,10 +148,10 @@ def test_a_graph_may_not_ask_our_operator_for_nonsense(
     graph = operator_alone(weights, ["rows", length], **said)
     if not why:
         rows = numbers(3, 50)
-        served = OnnxModel("one", "", graph, batched=True).run({"x": rows})["y"]
+        served = with_operators(graph).run({"x": rows})["y"]
         np.testing.assert_allclose(
             served, rows @ numbers(50, 20) + numbers(20), rtol=1e-3, atol=1e-3
         )
         return
     with pytest.raises((Unloadable, RunFailed), match=why):
-        OnnxModel("one", "", graph, batched=True)
+        with_operators(graph)

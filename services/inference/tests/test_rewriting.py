@@ -14,14 +14,22 @@ from onnx import helper
 
 from services.inference import operators, rewriting, rewritings
 from services.inference.models import OnnxModel, RunFailed, Unloadable
-from services.inference.tests.graphs import FLOATS, answers, model_of, node, numbers, operators_of
+from services.inference.tests.graphs import (
+    FLOATS,
+    answers,
+    model_of,
+    node,
+    numbers,
+    operators_of,
+    with_operators,
+)
 
 OPERATORS = pytest.mark.skipif(operators.library() is None, reason="leptonic_ops is not built here")
 RUNS_AT_ONCE = 4
 
 
 def stem(
-    conv: dict[str, Any] | None = None, pool: dict[str, Any] | None = None, channels: int = 1
+    conv: dict[str, Any] | None = None, pool: dict[str, Any] | None = None
 ) -> list[onnx.NodeProto]:
     """x -> y; weights `w`, `b`."""
     return [
@@ -108,6 +116,17 @@ def test_pools_after_each_other_and_a_transform_before_them() -> None:
     found = check_same(model_of(nodes, known, ["rows", 1, 28, 28]), numbers(3, 1, 28, 28))
     assert found["ConvPool"] == 2
     assert not found["Conv"] + found["MaxPool"]
+
+
+@OPERATORS
+@pytest.mark.parametrize("turned", [0, 1])
+def test_a_product_behind_takes_the_channels_as_they_come(turned: int) -> None:
+    nodes = [*stem(pool={"strides": [2, 2]})[:3], node("Flatten", "pooled", "flat")]
+    nodes.append(node("Gemm", "flat w2 b2", "y", transB=turned))
+    weights = numbers(9, 32 * 13 * 12) / 100
+    known = constants(32) | {"w2": weights if turned else weights.T.copy(), "b2": numbers(9)}
+    found = check_same(model_of(nodes, known, ["rows", 1, 28, 27]), numbers(5, 1, 28, 27))
+    assert found["ConvPool"] == found["Gemm"] + found["Dense"] == found.total() / 2 == 1
 
 
 @pytest.mark.parametrize(
@@ -315,8 +334,8 @@ def operator_alone(**changed: int) -> bytes:
 def test_a_graph_may_not_ask_our_operator_for_nonsense(changed: dict[str, int], why: str) -> None:
     graph = operator_alone(**changed)
     if not why:
-        served = OnnxModel("one", "", graph, batched=True)
+        served = with_operators(graph)
         assert served.run({"x": numbers(2, 1, 3, 3)})["y"].shape == (2, 5, 3, 3)
         return
     with pytest.raises((Unloadable, RunFailed), match=why):
-        OnnxModel("one", "", graph, batched=True)
+        with_operators(graph)
