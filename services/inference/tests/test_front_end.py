@@ -77,7 +77,8 @@ async def test_clients_move_to_another_front_and_lose_nothing(kind: str) -> None
             await old.front.close(10)
             at = len(answered)
             await eventually(lambda: len(answered) > at + 100)
-            assert set(answered[at + 8 :]) == {"2"}
+            # Each may have had one answer of the old front's on its way when that closed.
+            assert answered[at:].count("1") <= len(tasks)
             over.set()
             await asyncio.gather(*tasks)
 
