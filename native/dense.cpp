@@ -17,16 +17,17 @@ namespace {
 
 constexpr int64_t kTileNumbers = kTile * kDepth;  // bfloat16 in a register
 constexpr int64_t kStep = 4 * kTileNumbers;       // of weights: two halves, upper and rest
-constexpr int64_t kPartsBytes = 32 << 10;         // of rows in both parts at once: they stay in the L1 cache
 constexpr int64_t kSums = kTile * kTile;          // float32 in a register
+constexpr int64_t kPartsBytes = 24 << 10;         // of rows at once, both parts: half of the L1 cache, for two
+constexpr int64_t kRowsAhead = 4;                 // fetched before they are taken apart
 
-// How rows are taken: registers of `height` rows, so many of the inputs at once.
+// How rows are taken: in registers of so many rows, as alike as they come; so many of the inputs at once.
 struct Cut {
   int64_t tiles, height, depths, apart;  // apart: bfloat16 of a register's rows, both parts
 
-  Cut(const Dense& shape, int64_t count) : tiles((count + kTile - 1) / kTile), height(std::min(count, kTile)) {
+  Cut(const Dense& shape, int64_t count) : tiles((count + kTile - 1) / kTile), height((count + tiles - 1) / tiles) {
     const int64_t depth_bytes = tiles * height * 2 * kDepth * int64_t{sizeof(uint16_t)};
-    depths = std::clamp<int64_t>(kPartsBytes / depth_bytes, std::min<int64_t>(8, shape.depths()), shape.depths());
+    depths = std::clamp<int64_t>(kPartsBytes / depth_bytes, std::min<int64_t>(4, shape.depths()), shape.depths());
     apart = depths * 2 * height * kDepth;
   }
 };
@@ -81,7 +82,7 @@ void pack(const Dense& shape, const float* weights, uint16_t* to) {
 
 size_t Dense::scratch(int64_t rows) const {
   const Cut cut(*this, rows);
-  return static_cast<size_t>(cut.tiles * (blocks() * 2 * kSums + cut.apart / 2));
+  return static_cast<size_t>(cut.tiles * (blocks() * 2 * kSums + cut.apart));
 }
 
 #ifdef __x86_64__
@@ -111,6 +112,11 @@ bool ask_for_tiles() {
   return has && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// The first so many of 16 lanes, which may be none, or more.
+TILES __mmask16 first(int64_t count) {
+  return count >= 16 ? 0xffff : count > 0 ? static_cast<__mmask16>((1u << count) - 1) : 0;
+}
+
 // `count` of a row's inputs, each 32 of them in both parts: [depths, upper and rest, height, 32]. False where
 // not all are numbers: they would spoil other sums.
 TILES bool split(const float* row, int64_t count, int64_t height, uint16_t* to) {
@@ -118,9 +124,7 @@ TILES bool split(const float* row, int64_t count, int64_t height, uint16_t* to) 
   unsigned bad = 0;
   for (int64_t input = 0; input < count; input += kDepth, to += 2 * height * kDepth)
     for (int64_t half = 0; half < kDepth; half += kTile) {
-      const int64_t left = count - input - half;
-      const __mmask16 there = left >= kTile ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
-      const __m512 values = _mm512_maskz_loadu_ps(there, row + input + half);
+      const __m512 values = _mm512_maskz_loadu_ps(first(count - input - half), row + input + half);
       const __m256i upper = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
       const __m512 most = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
       bad |= _mm512_fpclass_ps_mask(most, kNoNumber);
@@ -137,13 +141,49 @@ void clear(int64_t count, int64_t height, uint16_t* to) {
     __builtin_memset(to, 0, kDepth * sizeof *to);
 }
 
-// One or two tiles of rows by two of outputs, onto the sums there are, unless it is the first time.
+// Some of each row's inputs in both parts: [tiles, depths, upper and rest, height, 32]. They are made row by
+// row between the multiplications of those before: tiles leave the vector units idle.
+struct Parts {
+  Dense shape;
+  Cut cut;
+  const float* rows;
+  int64_t count, depth;
+  uint16_t* to;
+  int64_t steps;  // that the rows are spread over
+  int64_t row = 0, due = 0;
+  bool all_numbers = true;
+
+  int64_t depths() const { return std::min(cut.depths, shape.depths() - depth); }
+  int64_t height() const { return depths() > 0 ? cut.tiles * cut.height : 0; }
+
+  const float* inputs(int64_t of) const { return rows + of * shape.inputs + depth * kDepth; }
+
+  TILES void take_row() {
+    const int64_t left = shape.inputs - depth * kDepth, size = depths() * kDepth;
+    uint16_t* at = to + row / cut.height * cut.apart + row % cut.height * kDepth;
+    const int64_t ahead = row + kRowsAhead;
+    const float* soon = inputs(ahead % count) + (ahead < count ? 0 : size);
+    for (int64_t input = 0; input < size; input += kTile)
+      _mm_prefetch(reinterpret_cast<const char*>(soon + input), _MM_HINT_T0);
+    if (row >= count || !split(inputs(row), std::min(left, size), cut.height, at)) {
+      clear(size, cut.height, at);
+      all_numbers &= row >= count;
+    }
+    ++row;
+  }
+
+  TILES void step() {
+    for (due += height(); due >= steps; due -= steps) take_row();
+  }
+};
+
+// One or two tiles of rows by two of outputs, onto the sums there are, unless it begins.
 template <int tiles>
 TILES void multiply(const Cut& cut, int64_t depths, const uint16_t* rows, const uint16_t* weights, float* sums,
-                    bool first) {
+                    bool begins, Parts& next) {
   const int64_t part = cut.height * kDepth;
   const uint16_t* others = rows + cut.apart;
-  if (first) {
+  if (begins) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -157,6 +197,7 @@ TILES void multiply(const Cut& cut, int64_t depths, const uint16_t* rows, const 
     }
   }
   for (int64_t depth = 0; depth < depths; ++depth) {
+    next.step();
     _tile_loadd(4, rows, 64);
     _tile_loadd(6, weights, 64);
     _tile_loadd(7, weights + kTileNumbers, 64);
@@ -199,8 +240,7 @@ TILES void multiply(const Cut& cut, int64_t depths, const uint16_t* rows, const 
 
 // A tile of sums: what of it there are rows and outputs for.
 TILES void finish(const Dense& shape, const float* sums, int64_t rows, int64_t output, const float* bias, float* out) {
-  const int64_t left = shape.outputs - output;
-  const __mmask16 there = left < kTile ? static_cast<__mmask16>((1u << left) - 1) : 0xffff;
+  const __mmask16 there = first(shape.outputs - output);
   const __m512 added = _mm512_maskz_loadu_ps(there, bias + output);
   for (int64_t row = 0; row < rows; ++row) {
     __m512 values = _mm512_add_ps(_mm512_load_ps(sums + row * kTile), added);
@@ -223,29 +263,29 @@ TILES void dense(const Dense& shape, const float* rows, int64_t count, const uin
   const int64_t depths = shape.depths();
   float* sums = scratch;  // [blocks, tiles of rows, halves of the block]
   uint16_t* parts = reinterpret_cast<uint16_t*>(scratch + shape.blocks() * cut.tiles * 2 * kSums);
-  bool all_numbers = true;
+  const int64_t turn = cut.tiles * cut.apart, pairs = (cut.tiles + 1) / 2;
+  Parts now{shape, cut, rows, count, 0, parts, 1};
+  now.step();
+  bool all_numbers = now.all_numbers;
   _tile_loadconfig(&configuration);
-  for (int64_t depth = 0; depth < depths; depth += cut.depths) {
-    const int64_t now = std::min(cut.depths, depths - depth), left = shape.inputs - depth * kDepth;
-    for (int64_t row = 0; row < cut.tiles * cut.height; ++row) {
-      uint16_t* to = parts + row / kTile * cut.apart + row % kTile * kDepth;
-      const float* from = rows + row * shape.inputs + depth * kDepth;
-      if (row < count && split(from, std::min(left, now * kDepth), cut.height, to)) continue;
-      clear(now * kDepth, cut.height, to);
-      all_numbers &= row >= count;
-    }
+  while (now.depth < depths) {
+    const int64_t steps = shape.blocks() * pairs * now.depths();
+    Parts next{shape, cut, rows, count, now.depth + now.depths(), now.to == parts ? parts + turn : parts, steps};
     for (int64_t block = 0; block < shape.blocks(); ++block)
       for (int64_t tile = 0; tile < cut.tiles; tile += 2)
-        (tile + 1 < cut.tiles ? multiply<2> : multiply<1>)(cut, now, parts + tile * cut.apart,
-                                                          weights + (block * depths + depth) * kStep,
-                                                          sums + (block * cut.tiles + tile) * 2 * kSums, depth == 0);
+        (tile + 1 < cut.tiles ? multiply<2> : multiply<1>)(cut, now.depths(), now.to + tile * cut.apart,
+                                                          weights + (block * depths + now.depth) * kStep,
+                                                          sums + (block * cut.tiles + tile) * 2 * kSums,
+                                                          now.depth == 0, next);
+    all_numbers &= next.all_numbers;
+    now = next;
   }
   _tile_release();
   for (int64_t output = 0; output < shape.outputs; output += kTile)
     for (int64_t tile = 0; tile < cut.tiles; ++tile) {
       const float* from = sums + ((output / kWide * cut.tiles + tile) * 2 + output / kTile % 2) * kSums;
-      const int64_t taken = std::min(kTile, count - tile * kTile);
-      finish(shape, from, taken, output, bias, out + tile * kTile * shape.outputs);
+      const int64_t row = tile * cut.height, taken = std::min(cut.height, count - row);
+      finish(shape, from, taken, output, bias, out + row * shape.outputs);
     }
   if (all_numbers) return;
   for (int64_t row = 0; row < count; ++row, rows += shape.inputs, out += shape.outputs)

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 started=$SECONDS
 [ -x .uv/bin/uv ] || { python3 -m venv .uv && .uv/bin/pip install -q uv; }
 export UV_LINK_MODE=copy
-links=$(python3 -m pip config get global.find-links 2>/dev/null || true)
+links=$(.uv/bin/python -m pip config get global.find-links 2>/dev/null || true)
 torch=()
 if [ -n "$links" ]; then export UV_FIND_LINKS=$links; else torch=(--torch-backend=auto); fi
 [ -d .venv ] || .uv/bin/uv venv -q .venv
