@@ -132,7 +132,8 @@ def product(graph: Graph, place: Place) -> list[onnx.NodeProto]:
         ("Transpose", [], {"perm": [0, 2, 1]}),
         ("Reshape", [known["image"]], {}),
     ]
-    names = [node.input[0], *(f"{out}/{step}" for step in range(1, len(steps))), out]
+    between = [graph.name(f"{out}/{step}") for step in range(1, len(steps))]
+    names = [node.input[0], *between, out]
     return [
         helper.make_node(operator, [given, *rest], [gives], **said)
         for (operator, rest, said), given, gives in zip(steps, names, names[1:], strict=False)

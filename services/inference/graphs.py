@@ -24,6 +24,9 @@ class Graph:
             self.known.pop(one.name, None)
         self.added: dict[str, Values] = {}
         self.given_back = {one.name for one in model.graph.output}
+        self.names = {one.name for one in model.graph.input}
+        self.names.update(one.name for one in model.graph.initializer)
+        self.names.update(name for node in model.graph.node for name in (*node.input, *node.output))
         self.take(model.graph.node)
 
     def take(self, nodes: Iterable[onnx.NodeProto]) -> None:
@@ -69,8 +72,16 @@ class Graph:
         is_seen = node.output[0] in self.given_back or len(node.output) > 1
         return readers[0] if len(readers) == 1 and not is_seen else None
 
-    def add(self, name: str, values: Values) -> str:
-        """A constant of any datatype."""
+    def name(self, wanted: str) -> str:
+        """One that no other tensor has."""
+        while wanted in self.names:
+            wanted += "/"
+        self.names.add(wanted)
+        return wanted
+
+    def add(self, wanted: str, values: Values) -> str:
+        """A constant of any datatype; the name it got."""
+        name = self.name(wanted)
         self.added[name] = values
         return name
 

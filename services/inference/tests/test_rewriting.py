@@ -152,6 +152,22 @@ def test_a_heavy_convolution_of_few_pixels_becomes_a_product(
     assert not found["Conv"]
 
 
+@OPERATORS
+def test_names_that_we_would_give_may_be_taken() -> None:
+    nodes = [*stem()[:3], node("Add", "pooled pooled/weights", "y")]
+    known = constants() | {"pooled/weights": numbers(1), "pooled/bias": numbers(1)}
+    nodes.append(node("Mul", "y pooled/bias", "z"))
+    found = check_same(model_of(nodes, known, ["rows", 1, 9, 9], ["z"]), numbers(2, 1, 9, 9))
+    assert found["ConvPool"] == 1
+
+
+def test_names_between_our_operators_may_be_taken() -> None:
+    nodes = [node("Relu", "x", "c/1"), node("Conv", "c/1 w", "c"), node("Add", "c c/matrix", "y")]
+    known = {"w": numbers(256, 256, 3, 3) / 48, "c/matrix": numbers(1)}
+    found = check_same(model_of(nodes, known, ["rows", 256, 3, 3]), numbers(2, 256, 3, 3))
+    assert not found["Conv"]
+
+
 def test_nobody_keeps_the_weights_in_two_layouts() -> None:
     known = {"w": numbers(256, 256, 3, 3), "b": numbers(256)}
     graph = model_of([node("Conv", "x w b", "y")], known, ["rows", 256, 3, 3]).SerializeToString()
