@@ -1,7 +1,7 @@
 """Matrix products with weights that stay, on a processor's tile registers (`native/dense.h`).
 
 Weights become two bfloat16 each, laid out as the registers take them, and so do the rows that meet
-them: what is lost is 2^-16 of a product. The articles' CNN, 5408 by 128, takes 5.5 us a row in
+them: what is lost is 2^-16 of a product. The articles' CNN, 5408 by 128, takes 4.4 us a row in
 batches of 32 instead of 9 in onnxruntime's float32.
 """
 
