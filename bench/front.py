@@ -33,12 +33,6 @@ METHOD = "/inference.GRPCInferenceService/ModelInfer"
 SERVER_CORE, CLIENT_CORE = 0, 1
 
 
-def loaded(name: str) -> OnnxModel:
-    with tempfile.TemporaryDirectory() as folder:
-        export_missing(Path(folder))
-        return OnnxModel(name, "", (Path(folder) / f"{name}.onnx").read_bytes(), batched=True)
-
-
 def work(batcher: Batcher, model: OnnxModel) -> None:
     while (batch := batcher.take()) is not None:
         batch.answer(model.run(batch.inputs()))
@@ -79,13 +73,12 @@ def load(port: int, body: str, concurrency: int) -> tuple[float, str]:
 
 
 @contextlib.asynccontextmanager
-async def serving(kind: str, name: str) -> AsyncIterator[tuple[Any, Batcher]]:
-    model = loaded(name)
+async def serving(kind: str, model: OnnxModel) -> AsyncIterator[tuple[Any, Batcher]]:
     front: Any = fronts.make(kind, lambda call: None, ())
     await front.listen("127.0.0.1", 0, False)
-    batcher = front.batcher(Lane(name, "1", model.signature, True, False))
+    batcher = front.batcher(Lane(model.name, "1", model.signature, True, False))
     batcher.configure(Batching(), Sampling(0.0, 0, 0.0))
-    front.route(name, {"1": 100}, {"1": batcher})
+    front.route(model.name, {"1": 100}, {"1": batcher})
     runner = threading.Thread(target=work, args=(batcher, model))
     runner.start()
     try:
@@ -94,20 +87,19 @@ async def serving(kind: str, name: str) -> AsyncIterator[tuple[Any, Batcher]]:
         batcher.close()
         await asyncio.to_thread(runner.join)
         await front.close(1.0)
-        model.close()
 
 
-async def measure(kind: str, name: str, concurrency: int) -> None:
-    async with serving(kind, name) as (front, batcher):
+async def measure(kind: str, model: OnnxModel, concurrency: int) -> None:
+    async with serving(kind, model) as (front, batcher):
         began_s = time.process_time()
-        with body_of(name) as body:
+        with body_of(model.name) as body:
             rate, times = await asyncio.to_thread(load, front.port, body, concurrency)
         spent_us = (time.process_time() - began_s) * 1e6
         counts = batcher.counts()
         assert not counts.failures, counts
         runs = sum(count for count, *_ in counts.batches.values())
         print(
-            f"{kind} {name:>8} c{concurrency:<3} {rate:>9,.0f} req/s "
+            f"{kind} {model.name:>8} c{concurrency:<3} {rate:>9,.0f} req/s "
             f"{spent_us / counts.success_count:6.2f} us CPU each  {times}\n"
             f"  {counts.inference_count / runs:.1f} rows a batch"
         )
@@ -119,6 +111,10 @@ async def measure(kind: str, name: str, concurrency: int) -> None:
 if __name__ == "__main__":
     os.sched_setaffinity(0, {SERVER_CORE})
     which = sys.argv[1] if len(sys.argv) > 1 else "native"
-    for one in sys.argv[2:] or SHAPES:
-        for open_at_once in LOADS:
-            asyncio.run(measure(which, one, open_at_once))
+    with tempfile.TemporaryDirectory() as folder:
+        export_missing(Path(folder))
+        for one in sys.argv[2:] or SHAPES:
+            graph = (Path(folder) / f"{one}.onnx").read_bytes()
+            loaded = OnnxModel(one, "", graph, batched=True)
+            for open_at_once in LOADS:
+                asyncio.run(measure(which, loaded, open_at_once))

@@ -1,8 +1,8 @@
 // rows x weights + bias, then ReLU or not, in tile registers (AMX): products of bfloat16, sums of float32.
 //
 // A float32 is taken as two bfloat16, the nearest and the nearest to what that leaves, and of the four products
-// the least is left out: each of these loses 2^-18, so less than 2^-16 of a product is lost. One multiplication of tiles does 16 times as
-// much as one of vectors, so three of them for each are still five times as fast.
+// the least is left out: each of these loses 2^-18, so less than 2^-16 of a product is lost. One multiplication
+// of tiles does 16 times as much as one of vectors, so three of them for each are still five times as fast.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,8 @@ void pack(const Dense& shape, const float* weights, uint16_t* to);
 bool has_tiles();
 
 // rows: [count, inputs]; weights as above; bias: [outputs]; out: [count, outputs]. Scratch is aligned to 64
-// bytes. A row with an infinity or NaN in it, or what rounds to one, is multiplied in plain loops, so that they stay what they are.
+// bytes. A row with an infinity or NaN in it, or what rounds to one, is multiplied in plain loops, so that they
+// stay what they are.
 void dense(const Dense& shape, const float* rows, int64_t count, const uint16_t* weights, const float* bias,
            float* out, float* scratch);
 
